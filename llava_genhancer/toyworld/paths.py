@@ -1,0 +1,25 @@
+"""Where the toy world's files lie. Imports nothing heavy."""
+
+import os
+from pathlib import Path
+
+CACHE_NAME = "toyworld-v1"
+_WEIGHTS = Path(__file__).parent / "weights"
+_SHIPPED = {"toyworld:clip": _WEIGHTS / "clip", "toyworld:vae": _WEIGHTS / "vae"}
+
+
+def resolve(name: str) -> str:
+    """``"toyworld:clip"`` and ``"toyworld:vae"`` as the absolute folders of the shipped weights; others unchanged."""
+    return str(_SHIPPED[name].resolve()) if name in _SHIPPED else name
+
+
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """The folder that holds the rendered world.
+
+    ``cache_dir`` itself if given, else ``$LLAVA_GENHANCER_CACHE/toyworld-v1``, else
+    ``~/.cache/llava_genhancer/toyworld-v1``.
+    """
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser().resolve()
+    base = os.environ.get("LLAVA_GENHANCER_CACHE") or "~/.cache/llava_genhancer"
+    return Path(base).expanduser().resolve() / CACHE_NAME

@@ -1,0 +1,180 @@
+"""The toy world as files: caption shards for training, and pair sets in MMVP-VLM's official layout."""
+
+import csv
+import hashlib
+import io
+import json
+import logging
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from PIL import Image
+
+from llava_genhancer.errors import InputError
+from llava_genhancer.toyworld import scenes
+from llava_genhancer.toyworld.paths import cache_folder, resolve
+
+logger = logging.getLogger(__name__)
+
+DETAIL_PROBABILITY = 0.08
+TRAIN_IMAGES = 8192
+PAIRS_PER_PATTERN = 15
+IMAGE_FOLDER = "MLLM_VLM Images"
+HEADER = ("Question ID", "Type", "Statement")
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    # No chroma subsampling: at 48 pixels it would blur the details away.
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
+
+
+def write_shards(
+    folder: str | Path,
+    num_images: int,
+    seed: int,
+    per_shard: int = 1024,
+    detail_probability: float = DETAIL_PROBABILITY,
+) -> list[Path]:
+    """Write ``num_images`` training scenes as img2dataset does: ``00000.tar``, ... of ``key.jpg``, ``.txt``, ``.json``.
+
+    The files' bytes depend on the arguments alone. Returns the shards' paths.
+    """
+    if num_images < 1 or per_shard < 1:
+        raise InputError(f"num_images ({num_images}) and per_shard ({per_shard}) must be at least 1")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = Random(seed)
+    shards = []
+    for shard in range((num_images + per_shard - 1) // per_shard):
+        path = folder / f"{shard:05d}.tar"
+        with tarfile.open(path, "w") as tar:
+            for index in range(min(per_shard, num_images - shard * per_shard)):
+                scene = scenes.sample_scene(rng, "train")
+                text = scenes.caption(scene, rng, detail_probability)
+                key = f"{shard:05d}{index:04d}"
+                side = scenes.IMAGE_SIZE
+                details = {name: getattr(scene, name) for name in (*scenes.COARSE, *scenes.DETAILS)}
+                facts = {"key": key, "caption": text, "status": "success", "width": side, "height": side}
+                members = {
+                    "jpg": _jpeg(scenes.render(scene)),
+                    "txt": text.encode(),
+                    "json": json.dumps(facts | {"scene": details}).encode(),
+                }
+                for extension, content in members.items():
+                    member = tarfile.TarInfo(f"{key}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        shards.append(path)
+    return shards
+
+
+def write_mmvp(folder: str | Path, split: str, seed: int, pairs_per_pattern: int = PAIRS_PER_PATTERN) -> Path:
+    """Write a pair set of ``split`` ("dev" or "test") in MMVP-VLM's layout; 9 x 15 pairs unless told otherwise.
+
+    ``Questions.csv`` holds two rows per pair, the patterns in MMVP's order, question ids from 1; the odd id's statement
+    is true of the odd id's image. Images are ``MLLM_VLM Images/<type>/<id>.jpg``. No scene occurs twice.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = Random(seed)
+    seen: set[str] = set()
+    rows = []
+    for pattern in scenes.PATTERNS:
+        images = folder / IMAGE_FOLDER / pattern.type
+        images.mkdir(parents=True, exist_ok=True)
+        done = 0
+        while done < pairs_per_pattern:
+            first, first_statement, second, second_statement = scenes.pair(pattern, rng, split)
+            if first.key() in seen or second.key() in seen:
+                continue
+            seen |= {first.key(), second.key()}
+            for scene, text in ((first, first_statement), (second, second_statement)):
+                identifier = len(rows) + 1
+                (images / f"{identifier}.jpg").write_bytes(_jpeg(scenes.render(scene)))
+                rows.append((identifier, pattern.type, text))
+            done += 1
+    with open(folder / "Questions.csv", "w", newline="") as file:
+        csv.writer(file).writerows([HEADER, *rows])
+    return folder
+
+
+@dataclass(frozen=True)
+class ToyWorld:
+    """Folders of a prepared toy world. ``clip`` and ``vae`` are the shipped weights, the others rendered ones."""
+
+    clip: Path
+    vae: Path
+    shards: Path
+    mmvp_dev: Path
+    mmvp_test: Path
+
+
+def _digest() -> str:
+    """Changes whenever the code that draws or writes the world does."""
+    source = b"".join(Path(file).read_bytes() for file in (scenes.__file__, __file__))
+    return hashlib.sha256(source).hexdigest()
+
+
+def _is_current(folder: Path) -> bool:
+    try:
+        return (folder / "world.sha256").read_text() == _digest()
+    except OSError:
+        return False
+
+
+def _render(target: Path, write: Callable[[Path], object]) -> None:
+    """Have ``write`` fill ``target``: all of it or nothing, whoever else is doing the same at this moment."""
+    if _is_current(target):
+        return
+    logger.info("rendering the toy world's %s into %s", target.name, target)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        fresh, old = scratch / "new", scratch / "old"
+        fresh.mkdir()
+        write(fresh)
+        (fresh / "world.sha256").write_text(_digest())
+        if target.exists() and not _is_current(target):
+            target.rename(old)
+        try:
+            fresh.rename(target)
+        except OSError:
+            # Another process was faster: a folder that is not empty is not replaced.
+            if not _is_current(target):
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def prepare(cache_dir: str | Path | None = None) -> ToyWorld:
+    """Render what is missing of the toy world into its cache folder (see ``cache_folder``), and say where all is.
+
+    Takes about ten seconds the first time and nothing later. Safe to call from several processes at once.
+
+    Raises:
+        InputError: the cache folder cannot be written.
+    """
+    folder = cache_folder(cache_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _render(folder / "shards", lambda new: write_shards(new, TRAIN_IMAGES, seed=1))
+        _render(folder / "mmvp_dev", lambda new: write_mmvp(new, "dev", seed=2))
+        _render(folder / "mmvp_test", lambda new: write_mmvp(new, "test", seed=3))
+    except OSError as error:
+        raise InputError(
+            f"cannot write the toy world into {folder} ({error.strerror or error}); "
+            "set LLAVA_GENHANCER_CACHE to a folder that can be written"
+        ) from error
+    return ToyWorld(
+        clip=Path(resolve("toyworld:clip")),
+        vae=Path(resolve("toyworld:vae")),
+        shards=folder / "shards",
+        mmvp_dev=folder / "mmvp_dev",
+        mmvp_test=folder / "mmvp_test",
+    )
