@@ -1,0 +1,256 @@
+"""The command ``llava-genhancer``. Every verb imports what it needs when it runs, so that ``--help`` is quick.
+
+Exit status: 0 done; 1 doctor found something missing, or training hit a non-finite loss; 2 bad input (one line says
+what); 128 + signal: stopped with a checkpoint, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from llava_genhancer import __version__, recipes
+from llava_genhancer.errors import InputError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors as one line; long options must be written out, since any recipe field may follow."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one verb and exit with its status."""
+    try:
+        status = _run(list(sys.argv[1:] if argv is None else argv))
+    except InputError as error:
+        status = _fail(2, error)
+    except KeyboardInterrupt:
+        status = _fail(130, "interrupted before there was anything to save")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except Exception as error:
+        known = _known_failure(error)
+        if known is None:
+            raise
+        status = _fail(*known)
+    sys.exit(status)
+
+
+def _known_failure(error: Exception) -> tuple[int, Exception | str] | None:
+    """Status and words for what can go wrong beyond bad input; None for bugs, which keep their traceback."""
+    trainer = sys.modules.get("llava_genhancer.trainer")
+    if trainer is not None and isinstance(error, trainer.TrainingStopped):
+        return 128 + error.signum, error
+    if trainer is not None and isinstance(error, trainer.NonFiniteLoss):
+        return 1, error
+    if isinstance(error, OSError) and error.errno in (28, 30, 13, 122):  # ENOSPC, EROFS, EACCES, EDQUOT
+        where = f" ({error.filename})" if error.filename else ""
+        return 2, f"{error.strerror}{where}: make room or choose another folder, then repeat the command"
+    if type(error).__name__ == "OutOfMemoryError":
+        advice = "lower --per_device_batch_size, add --gradient_checkpointing true, or use configs/deepspeed/zero3.json"
+        return 2, f"out of GPU memory: {advice}"
+    return None
+
+
+def _fail(status: int, message: object) -> int:
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0 or status != 2:
+        print(f"llava-genhancer: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    return status
+
+
+def _run(argv: list[str]) -> int:
+    parser = _parser()
+    # The deepspeed launcher puts --local_rank=N before everything else; the rank comes through the environment too.
+    argv = [a for a in argv if not a.startswith("--local_rank=")]
+    args, rest = parser.parse_known_args(argv)
+    if rest and not getattr(args, "takes_fields", False):
+        parser.error(f"unknown argument {rest[0]}; see `llava-genhancer {args.verb} --help`")
+    level = logging.INFO if args.verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr)
+    if not args.verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    return int(args.run(args, rest) or 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="llava-genhancer", description="Better eyes for LLaVA (GenHancer, arXiv 2503.19480).")
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+
+    def verb(
+        name: str, run: Callable[[Any, list[str]], int | None], help: str, **kwargs: Any
+    ) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=help, description=help, **kwargs)
+        sub.add_argument("--verbose", action="store_true", help="say what is being done")
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = verb("doctor", _doctor, "Check this machine for a recipe: versions, devices, memory, disk, paths.")
+    sub.add_argument("recipe", nargs="?", default="openai-l14-224")
+    sub.add_argument("--deepspeed", metavar="JSON", help="predict memory under this ZeRO stage")
+    sub.add_argument("--gpus", type=int, help="predict for this many GPUs (default: those found here)")
+    sub.add_argument("--output_dir", metavar="RUN", default=".", help="where the run would go")
+    sub.set_defaults(takes_fields=True)
+
+    sub = verb("recipes", _recipes, "List the recipes, or print every field of one.")
+    sub.add_argument("recipe", nargs="?")
+    sub.add_argument("--json", action="store_true", help="machine-readable")
+
+    sub = verb(
+        "enhance",
+        _enhance,
+        "Enhance a vision tower: stage 1, stage 2, merge, export. The same command resumes.",
+        epilog="Any recipe field can be set, for example --global_batch_size 64 --stage2.max_steps 2000 "
+        "--lora_rank 8. `llava-genhancer recipes RECIPE` prints them all.",
+    )
+    sub.add_argument("recipe", nargs="?", help="a recipe's name; `llava-genhancer recipes` lists them")
+    sub.add_argument("--config", metavar="MANIFEST", help="take the recipe of an earlier run's manifest.json instead")
+    sub.add_argument("--output_dir", metavar="RUN", required=True, help="run folder, new or to go on with")
+    sub.add_argument("--deepspeed", metavar="JSON", help="e.g. configs/deepspeed/zero2.json")
+    sub.add_argument("--stage", type=int, choices=(1, 2), help="only this stage (default: both, then export)")
+    sub.set_defaults(takes_fields=True)
+
+    sub = verb("export", _export, "Export a tower from a run, at another strength or from a snapshot.")
+    sub.add_argument("run_dir", metavar="RUN")
+    sub.add_argument("--output_dir", required=True, metavar="TOWER")
+    sub.add_argument("--lora_scale", type=float, help="0 = original ... 1 = enhanced (default: the recipe's)")
+    sub.add_argument("--step", type=int, help="a stage-2 snapshot instead of the end")
+
+    sub = verb("mmvp-vlm", _mmvp_vlm, "Measure towers on MMVP-VLM; the first is the one others are compared with.")
+    sub.add_argument("towers", nargs="+", metavar="TOWER", help="folder or hub id of a CLIPModel or SiglipModel")
+    sub.add_argument("--data", required=True, metavar="DIR", help="folder with Questions.csv and 'MLLM_VLM Images'")
+    sub.add_argument("--output", metavar="JSON", help="write the results here, and the picture beside it")
+    sub.add_argument("--batch_size", type=int, default=64)
+    sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+
+    sub = verb("report", _report, "Write report.md, report.json and figures/ for a run.")
+    sub.add_argument("run_dir", metavar="RUN")
+
+    sub = verb(
+        "demo", _demo, "The whole chain in the toy world: enhance, measure, report. No download, minutes on a CPU."
+    )
+    sub.add_argument("--output_dir", metavar="RUN", default="runs/tiny")
+    sub.add_argument("--seeds", type=int, default=1, help="repeat with this many seeds and report over them")
+    sub.set_defaults(takes_fields=True)
+    return parser
+
+
+def _fields(rest: Sequence[str]) -> dict[str, str]:
+    """``--name value`` and ``--name=value`` pairs that argparse did not know, as recipe fields."""
+    fields: dict[str, str] = {}
+    known = recipes.field_types(recipes.Recipe)
+    i = 0
+    while i < len(rest):
+        if not rest[i].startswith("--"):
+            raise InputError(f"unexpected argument '{rest[i]}'; recipe fields are given as --name value")
+        name, equals, value = rest[i][2:].partition("=")
+        if not equals:
+            if name not in known:
+                recipes.override(recipes.Recipe(), {name: ""})  # raises, with the nearest name
+            if i + 1 >= len(rest):
+                raise InputError(f"--{name} needs a value")
+            value = rest[i + 1]
+            i += 1
+        fields[name] = value
+        i += 1
+    return fields
+
+
+def _recipe(name: str | None, config: str | None, rest: Sequence[str]) -> recipes.Recipe:
+    if (name is None) == (config is None):
+        raise InputError(
+            "give a recipe's name or --config manifest.json (one of them); `llava-genhancer recipes` lists"
+        )
+    if config is not None:
+        from llava_genhancer.run import recipe_of
+
+        return recipes.override(recipe_of(config), _fields(rest))
+    assert name is not None
+    return recipes.override(recipes.get_recipe(name), _fields(rest))
+
+
+def _with_toy_data(recipe: recipes.Recipe) -> recipes.Recipe:
+    """`tiny` brings its own images."""
+    if recipe.data is None and recipe.backbone.startswith("toyworld:"):
+        from llava_genhancer.toyworld.writers import prepare
+
+        return dataclasses.replace(recipe, data=str(prepare().shards))
+    return recipe
+
+
+def _doctor(args: Any, rest: list[str]) -> int:
+    from llava_genhancer.doctor import examine
+
+    return examine(_recipe(args.recipe, None, rest), deepspeed=args.deepspeed, gpus=args.gpus, run_dir=args.output_dir)
+
+
+def _recipes(args: Any, rest: list[str]) -> None:
+    if args.recipe is None:
+        if args.json:
+            print(json.dumps({n: recipes.to_dict(recipes.get_recipe(n)) for n in recipes.RECIPES}, indent=2))
+            return
+        for name in recipes.RECIPES:
+            r = recipes.get_recipe(name)
+            print(f"{name:20} {r.backbone:42} stage 1 {r.stage1.max_steps:>6} steps, stage 2 {r.stage2.max_steps:>5}")
+        return
+    recipe = recipes.get_recipe(args.recipe)
+    values, helps = recipes.to_dict(recipe), recipes.field_help()
+    if args.json:
+        print(json.dumps(values, indent=2))
+        return
+    for name, value in values.items():
+        shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        print(f"--{name} {shown}\n      {helps[name]}")
+
+
+def _enhance(args: Any, rest: list[str]) -> None:
+    recipe = _with_toy_data(_recipe(args.recipe, args.config, rest))
+    from llava_genhancer.enhance.train import enhance
+
+    stages = (1, 2) if args.stage is None else (args.stage,)
+    result = enhance(recipe, args.output_dir, deepspeed=args.deepspeed, stages=stages)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"done: {result}")
+
+
+def _export(args: Any, rest: list[str]) -> None:
+    from llava_genhancer.enhance.export import export_tower
+    from llava_genhancer.run import recipe_of
+
+    recipe = recipe_of(args.run_dir)
+    if args.lora_scale is not None:
+        recipe = recipes.override(recipe, {"lora_scale": args.lora_scale})
+    print(f"done: {export_tower(Path(args.run_dir), Path(args.output_dir), recipe, step=args.step)}")
+
+
+def _mmvp_vlm(args: Any, rest: list[str]) -> None:
+    from llava_genhancer.evaluate.mmvp_vlm import run
+
+    run(args.towers, args.data, output=args.output, batch_size=args.batch_size, device=args.device)
+
+
+def _report(args: Any, rest: list[str]) -> None:
+    from llava_genhancer.evaluate.report import write_report
+
+    print(f"report: {write_report(args.run_dir)}")
+
+
+def _demo(args: Any, rest: list[str]) -> None:
+    from llava_genhancer.demo import demo
+
+    demo(_with_toy_data(_recipe("tiny", None, rest)), Path(args.output_dir), seeds=args.seeds)

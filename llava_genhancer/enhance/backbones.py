@@ -1,0 +1,226 @@
+"""The eye: the trainable vision half of a CLIPModel, SiglipModel or Siglip2Model.
+
+Legend: B batch, H = W image side, P patch side, D width of the global token.
+
+Only the vision model and its projection are kept, under the names they have in the full model, so that weights map back
+by name alone. CLIP's ``logit_scale`` must stay out: DeepSpeed cannot broadcast a 0-dim parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_genhancer.errors import InputError
+from llava_genhancer.recipes import Recipe
+from llava_genhancer.toyworld.paths import resolve
+
+FULL_MODELS = {"clip": "CLIPModel", "siglip": "SiglipModel", "siglip2": "Siglip2Model"}
+
+
+class VisionBackbone(nn.Module):
+    """Images in, one global token out.
+
+    The token is what the reference conditions on: ``visual_projection`` of the pooled CLS, not normalised, for CLIP;
+    the attention-pooled ``pooler_output`` for SigLIP (released code; the paper says "[CLS]").
+    """
+
+    def __init__(
+        self, model: nn.Module, image_mean: list[float], image_std: list[float], image_size: int | None = None
+    ):
+        super().__init__()
+        config: Any = model.config  # not kept as self.config: peft would take this for a transformers model
+        vision = config.vision_config
+        self.model_type: str = config.model_type
+        self.vision_model: nn.Module = model.get_submodule("vision_model")
+        self.visual_projection: nn.Module | None = getattr(model, "visual_projection", None)
+        # Present only for lora_scope="all"; no loss reaches it.
+        self.text_model: nn.Module | None = None
+        self.text_projection: nn.Module | None = None
+        if self.model_type == "siglip2":  # NaFlex: the config counts patches, not pixels
+            native = int(vision.num_patches**0.5) * vision.patch_size
+        else:
+            native = vision.image_size
+        self.patch_size: int = vision.patch_size
+        self.image_size: int = image_size or native
+        self.resized: bool = self.image_size != native
+        if self.image_size % self.patch_size:
+            raise InputError(
+                f"image_size={self.image_size} is not a multiple of the backbone's patch, {self.patch_size}"
+            )
+        self.token_dim: int = config.projection_dim if self.visual_projection is not None else vision.hidden_size
+        self.image_mean = tuple(image_mean)
+        self.image_std = tuple(image_std)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 images (B, 3, H, W) as this backbone's ``pixel_values``, fp32 (B, 3, H, W)."""
+        mean = torch.tensor(self.image_mean, device=images.device).view(3, 1, 1)
+        std = torch.tensor(self.image_std, device=images.device).view(3, 1, 1)
+        return (images.float() / 255 - mean) / std
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) to global tokens (B, D)."""
+        if self.model_type == "siglip2":
+            b, c, h, w = pixel_values.shape
+            p = self.patch_size
+            patches = (
+                pixel_values.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+            )
+            mask = torch.ones(patches.shape[:2], dtype=torch.int32, device=patches.device)
+            shapes = torch.tensor([[h // p, w // p]] * b, device=patches.device)
+            return self.vision_model(patches, pixel_attention_mask=mask, spatial_shapes=shapes).pooler_output
+        pooled = self.vision_model(pixel_values, interpolate_pos_encoding=self.resized).pooler_output
+        return pooled if self.visual_projection is None else self.visual_projection(pooled)
+
+
+def check_backbone(name: str) -> str:
+    """The backbone's ``model_type``, read from its config alone (before any weight is loaded).
+
+    Raises:
+        InputError: no such folder or id, or not a model we can enhance.
+    """
+    from transformers import AutoConfig
+
+    path = resolve(name)
+    looks_local = path.startswith((".", "/", "~")) or Path(path).exists()
+    if looks_local and not (Path(path).expanduser() / "config.json").is_file():
+        raise InputError(f"backbone {name}: no config.json there; give the folder of a CLIPModel or SiglipModel")
+    try:
+        config = AutoConfig.from_pretrained(str(Path(path).expanduser()) if looks_local else path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"backbone {name} cannot be loaded ({str(error).splitlines()[0]}): give a local folder, or a hub id this "
+            "machine can reach (HF_TOKEN for gated ones)"
+        ) from None
+    if config.model_type not in FULL_MODELS:
+        raise InputError(
+            f"backbone {name} is a '{config.model_type}' model: needed is a CLIPModel, SiglipModel or Siglip2Model "
+            "(both towers; a vision-only folder has no MMVP-VLM to measure)"
+        )
+    return str(config.model_type)
+
+
+def load_full_model(name: str) -> nn.Module:
+    """The whole two-tower model in fp32 on the CPU, every weight accounted for.
+
+    Raises:
+        InputError: as :func:`check_backbone`, or weights missing from the checkpoint.
+    """
+    import transformers
+
+    model_type = check_backbone(name)
+    path = resolve(name)
+    path = str(Path(path).expanduser()) if path.startswith("~") else path
+    try:
+        model, info = getattr(transformers, FULL_MODELS[model_type]).from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True, use_safetensors=_safetensors_or_any(path)
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"backbone {name}: weights cannot be loaded ({str(error).splitlines()[0]})") from None
+    missing = sorted(info["missing_keys"]) + sorted(map(str, info.get("mismatched_keys", [])))
+    if missing:
+        raise InputError(
+            f"backbone {name}: {len(missing)} weights are not in its files (first: {missing[0]}); a vision-only folder "
+            "cannot be enhanced, give the full two-tower model"
+        )
+    return model
+
+
+def _safetensors_or_any(path: str) -> bool | None:
+    """None lets transformers choose; it reads ``.bin`` files with ``weights_only=True``."""
+    return True if Path(path).is_dir() and any(Path(path).glob("*.safetensors")) else None
+
+
+def load_image_statistics(name: str) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the backbone's own image processor.
+
+    Raises:
+        InputError: the folder has no ``preprocessor_config.json``.
+    """
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(resolve(name))
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(
+            f"backbone {name}: no usable image processor ({str(error).splitlines()[0]}); "
+            "its folder needs preprocessor_config.json"
+        ) from None
+    return list(processor.image_mean), list(processor.image_std)
+
+
+def load_backbone(recipe: Recipe) -> VisionBackbone:
+    """The recipe's vision half in fp32 on the CPU, without LoRA, everything frozen."""
+    model = load_full_model(recipe.backbone)
+    backbone = VisionBackbone(model, *load_image_statistics(recipe.backbone), image_size=recipe.image_size)
+    if recipe.lora_scope == "all":
+        backbone.text_model = model.get_submodule("text_model")
+        backbone.text_projection = getattr(model, "text_projection", None)
+    # OpenAI's 336 px checkpoint holds transposed, non-contiguous projections, which DeepSpeed refuses.
+    for parameter in backbone.parameters():
+        parameter.data = parameter.data.contiguous()
+    return backbone.requires_grad_(False)
+
+
+def linear_layers(backbone: VisionBackbone) -> list[str]:
+    """Names of the linear layers that LoRA may adapt: all of them but those inside ``nn.MultiheadAttention``.
+
+    Torch's attention reads ``out_proj.weight`` directly and would never call an adapter put there (SigLIP's pooling
+    head has one).
+    """
+    fused = tuple(f"{n}." for n, m in backbone.named_modules() if isinstance(m, nn.MultiheadAttention))
+    return [
+        name
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.Linear) and not (fused and name.startswith(fused))
+    ]
+
+
+def add_lora(backbone: VisionBackbone, recipe: Recipe) -> None:
+    """Inject LoRA adapters in place (paper: rank 16, alpha 16, dropout .1, bias "lora_only")."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        r=recipe.lora_rank,
+        lora_alpha=int(recipe.lora_alpha) if recipe.lora_alpha == int(recipe.lora_alpha) else recipe.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=recipe.lora_dropout,
+        bias=recipe.lora_bias,
+        target_modules=linear_layers(backbone),
+    )
+    inject_adapter_in_model(config, backbone)
+
+
+def trainable_backbone_names(backbone: VisionBackbone, recipe: Recipe) -> Iterator[str]:
+    """Names of the backbone parameters that learn when the backbone learns."""
+    for name, _ in backbone.named_parameters():
+        if recipe.lora_rank == 0:
+            if not name.startswith("text_"):
+                yield name
+        elif (
+            ".lora_A." in name
+            or ".lora_B." in name
+            or (recipe.lora_bias == "lora_only" and name.endswith(".base_layer.bias"))
+        ):
+            yield name
+
+
+@torch.no_grad()
+def merged_state(backbone: VisionBackbone) -> dict[str, Tensor]:
+    """State dict of the backbone with LoRA folded in, under the full model's names, in the weights' own dtype."""
+    from peft.tuners.lora import LoraLayer
+
+    deltas: dict[str, Tensor] = {}
+    for name, module in backbone.named_modules():
+        if isinstance(module, LoraLayer):
+            deltas[f"{name}.weight"] = module.get_delta_weight("default")  # type: ignore[operator]
+    state = {}
+    for name, value in backbone.state_dict().items():
+        if ".lora_" in name:
+            continue
+        plain = name.replace(".base_layer.", ".")
+        state[plain] = value + deltas[plain].to(value.dtype) if plain in deltas else value
+    return state

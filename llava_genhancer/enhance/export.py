@@ -1,0 +1,219 @@
+"""From a run's trained weights to a tower folder: fp32 merge, interpolation, check by reloading, model card."""
+
+from __future__ import annotations
+
+import logging
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from llava_genhancer import run
+from llava_genhancer.enhance.backbones import (
+    VisionBackbone,
+    add_lora,
+    load_full_model,
+    load_image_statistics,
+    merged_state,
+)
+from llava_genhancer.enhance.stages import STAGES, WEIGHTS, stage_recipe
+from llava_genhancer.errors import InputError
+from llava_genhancer.recipes import Recipe, to_dict
+from llava_genhancer.tower.export import MARKER, save_tower, verify_tower
+from llava_genhancer.toyworld.paths import resolve
+
+log = logging.getLogger(__name__)
+TOLERANCE = 1e-4  # largest allowed |merged - LoRA-wrapped| global token, relative to the largest token entry
+
+
+def export_tower(run_dir: Path, output_dir: Path, recipe: Recipe, *, step: int | None = None) -> Path:
+    """Merge a run's update into the original model and write it as a tower folder.
+
+    Args:
+        run_dir: a run whose stages are finished, or that has the snapshot ``step``.
+        output_dir: where the tower goes; one that is already there for the same weights and scale is left alone.
+        recipe: gives ``lora_scale`` (0 = original, 1 = enhanced) and ``merge_dtype``.
+        step: a snapshot of the last stage that trained the backbone, instead of its end.
+
+    Returns:
+        ``output_dir``.
+
+    Raises:
+        InputError: stages unfinished, no such snapshot, or the written folder fails its check.
+    """
+    files = weight_files(run_dir, recipe, step)
+    marker = {
+        "recipe": to_dict(recipe),
+        "source": recipe.backbone,
+        "lora_scale": recipe.lora_scale,
+        "merge_dtype": recipe.merge_dtype,
+        "step": step,
+        "trained": {f"{f.parent.name}/{f.name}": run.sha256(f) for f in files},
+    }
+    if _is_current(output_dir, marker):
+        log.info("%s is up to date", output_dir)
+        return output_dir
+    full = load_full_model(recipe.backbone)
+    wrapped = _wrapped(full, recipe, files)
+    merged = merge(wrapped, full, recipe)
+    if recipe.lora_scale == 1 and recipe.merge_dtype == "float32":
+        _check_merge(wrapped, full)
+    del wrapped
+    save_tower(full, output_dir, source=resolve(recipe.backbone), marker=marker)
+    verify_tower(output_dir)
+    reloaded = load_full_model(str(output_dir)).state_dict()
+    for name, value in merged.items():
+        if not torch.equal(reloaded[name], value):
+            raise InputError(f"{output_dir}: {name} did not survive writing and reading; check the disk and repeat")
+    write_card(output_dir, run_dir)
+    return output_dir
+
+
+def weight_files(run_dir: Path, recipe: Recipe, step: int | None = None) -> list[Path]:
+    """The trained-weight files that make up the run's backbone, in order.
+
+    Raises:
+        InputError: a stage is unfinished, or the snapshot does not exist.
+    """
+    files = []
+    for stage in STAGES:
+        if stage_recipe(recipe, stage).max_steps > 0:
+            files.append(run_dir / f"stage{stage}" / WEIGHTS)
+    if step is not None:
+        stage_dir = files[-1].parent if files else run_dir / "stage2"
+        snapshot = stage_dir / "snapshots" / f"step-{step}.safetensors"
+        if not snapshot.is_file():
+            kept = sorted(int(p.stem.split("-")[1]) for p in stage_dir.glob("snapshots/step-*.safetensors"))
+            raise InputError(
+                f"{run_dir} has no snapshot of step {step}; kept are: {', '.join(map(str, kept)) or 'none'}"
+            )
+        files[-1] = snapshot
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file} does not exist: {file.parent.name} is not finished, run `enhance` again")
+    return files
+
+
+def _wrapped(full: nn.Module, recipe: Recipe, files: list[Path]) -> VisionBackbone:
+    """A copy of the original's vision half that carries the trained adapters."""
+    backbone = VisionBackbone(full, *load_image_statistics(recipe.backbone), image_size=recipe.image_size)
+    if recipe.lora_scope == "all":
+        backbone.text_model = full.get_submodule("text_model")
+        backbone.text_projection = getattr(full, "text_projection", None)
+    backbone = deepcopy(backbone)
+    prefix = "backbone."
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state.update({k[len(prefix) :]: v for k, v in load_file(file).items() if k.startswith(prefix)})
+    if any(".lora_A." in name for name in state):
+        add_lora(backbone, recipe)
+    parameters = dict(backbone.named_parameters())
+    with torch.no_grad():
+        for name, value in state.items():
+            if name not in parameters or parameters[name].shape != value.shape:
+                raise InputError(
+                    f"{files[-1]} was trained with another recipe: {name} has no place in {recipe.backbone}"
+                )
+            parameters[name].copy_(value)
+    return backbone.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def merge(wrapped: VisionBackbone, full: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
+    """Put ``original + lora_scale * (enhanced - original)`` into ``full``, in place, in the recipe's arithmetic.
+
+    Returns:
+        The weights that changed, by their names in the full model; all others are bit-identical.
+    """
+    dtype = getattr(torch, recipe.merge_dtype)
+    enhanced = merged_state(wrapped.to(dtype) if dtype != torch.float32 else wrapped)
+    original = full.state_dict()
+    changed = {}
+    for name, value in enhanced.items():
+        target = original[name]
+        value = value.to(torch.float32)
+        if torch.equal(value, target.to(dtype).float()):
+            continue  # untouched by training; the original's own bits stay
+        mixed = value if recipe.lora_scale == 1 else torch.lerp(target, value, recipe.lora_scale)
+        target.copy_(mixed)
+        changed[name] = mixed
+    return changed
+
+
+@torch.no_grad()
+def _check_merge(wrapped: VisionBackbone, full: nn.Module) -> None:
+    """The merged weights must give what the LoRA-wrapped model gives."""
+    merged = VisionBackbone(full, list(wrapped.image_mean), list(wrapped.image_std), wrapped.image_size).eval()
+    pixels = torch.randn(2, 3, wrapped.image_size, wrapped.image_size, generator=torch.Generator().manual_seed(0))
+    expected, got = wrapped(pixels), merged(pixels)
+    error = float((expected - got).abs().max() / expected.abs().max())
+    if error > TOLERANCE:
+        raise InputError(f"the merged tower differs from the LoRA-wrapped one by {error:.1e} (allowed {TOLERANCE:.0e})")
+
+
+def _is_current(output_dir: Path, marker: dict[str, Any]) -> bool:
+    if not (output_dir / MARKER).exists():
+        return False
+    try:
+        there = verify_tower(output_dir)
+    except InputError:
+        return False
+    return all(there.get(k) == marker[k] for k in ("source", "lora_scale", "merge_dtype", "step", "trained"))
+
+
+def write_card(tower_dir: Path, run_dir: Path) -> None:
+    """The tower's ``README.md``: what it is, what was done, what was measured, how to use it."""
+    manifest = run.read_json(run_dir / run.MANIFEST)
+    recipe = manifest["recipe"]
+    stages = []
+    for stage in STAGES:
+        path = run_dir / f"stage{stage}" / "result.json"
+        if path.exists():
+            r = run.read_json(path)
+            stages.append(
+                f"| {stage} | {', '.join(recipe[f'stage{stage}.trains'])} | {recipe[f'stage{stage}.learning_rate']:g} | "
+                f"{r['steps']} | {r['images_seen']} | {r['trainable_parameters']:,} |"
+            )
+    base = recipe["backbone"]
+    tags = "" if base.startswith(("toyworld:", "/", ".")) else f"base_model: {base}\n"
+    measured = _measured(run_dir)
+    text = f"""---
+library_name: transformers
+pipeline_tag: zero-shot-image-classification
+{tags}tags: [clip, genhancer, llava]
+---
+
+# {recipe["name"]}: a vision tower enhanced by generative post-training
+
+`{base}` after GenHancer (arXiv 2503.19480), by llava_genhancer {manifest["versions"]["llava_genhancer"]}.
+Data: `{recipe["data"]}`. Seed {recipe["seed"]}. Exported with lora_scale {recipe["lora_scale"]:g}.
+
+| stage | learns | learning rate | steps | images | trained parameters |
+|---|---|---|---|---|---|
+{chr(10).join(stages)}
+
+## MMVP-VLM
+
+{measured}
+
+Vision-only tuning moves the image side of a two-tower model: measure zero-shot retention before using it for retrieval.
+
+## Use
+
+`--vision_tower <this folder>` in LLaVA and its forks, or `AutoModel.from_pretrained("<this folder>")`.
+The weights' SHA-256 are in `{MARKER}`, with the whole recipe.
+"""
+    run.write_text(tower_dir / "README.md", text)
+
+
+def _measured(run_dir: Path) -> str:
+    command = "llava-genhancer mmvp-vlm ORIGINAL TOWER --data MMVP_VLM_DIR"
+    path = run_dir / "eval" / "mmvp_vlm.json"
+    if not path.exists():
+        return f"Not measured yet: `{command}`."
+    from llava_genhancer.evaluate.report import model_card_section
+
+    return model_card_section(run_dir)

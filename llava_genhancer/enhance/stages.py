@@ -1,0 +1,89 @@
+"""The stage table at work: what exists, what is loaded and what learns in stage 1 and stage 2.
+
+A stage's result is one file of the weights that it trained (fp32 safetensors). Stage N is built from the pre-trained
+backbone plus the results of the stages before it, so nothing frozen is ever copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from llava_genhancer.enhance.backbones import add_lora, trainable_backbone_names
+from llava_genhancer.enhance.enhancer import Enhancer, build_enhancer
+from llava_genhancer.enhance.targets import VaeTarget
+from llava_genhancer.errors import InputError
+from llava_genhancer.recipes import Recipe, StageRecipe
+
+WEIGHTS = "weights.safetensors"
+STAGES = (1, 2)
+
+
+def stage_recipe(recipe: Recipe, stage: int) -> StageRecipe:
+    """The table of one stage."""
+    return {1: recipe.stage1, 2: recipe.stage2}[stage]
+
+
+def trainable_names(enhancer: Enhancer, recipe: Recipe, stage: int) -> set[str]:
+    """Exactly the parameters that learn in a stage."""
+    names: set[str] = set()
+    for part in stage_recipe(recipe, stage).trains:
+        if part == "backbone":
+            names |= {f"backbone.{n}" for n in trainable_backbone_names(enhancer.backbone, recipe)}
+        else:
+            names |= {f"{part}.{n}" for n, _ in enhancer.get_submodule(part).named_parameters()}
+    return names
+
+
+def build_stage(recipe: Recipe, stage: int, target: VaeTarget, results: Iterable[Path] = ()) -> Enhancer:
+    """The enhancer ready to train ``stage``.
+
+    LoRA is injected at the first stage that trains the backbone and stays from then on.
+
+    Args:
+        results: weight files of the earlier stages, in order.
+
+    Raises:
+        InputError: a weight file does not fit this recipe.
+    """
+    enhancer = build_enhancer(recipe, target)
+    trained_so_far = [part for s in STAGES[:stage] for part in _trains(recipe, s)]
+    if "backbone" in trained_so_far and recipe.lora_rank > 0:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            add_lora(enhancer.backbone, recipe)
+    for file in results:
+        load_trained(enhancer, file)
+    learns = trainable_names(enhancer, recipe, stage)
+    for name, parameter in enhancer.named_parameters():
+        parameter.requires_grad_(name in learns)
+    return enhancer
+
+
+def _trains(recipe: Recipe, stage: int) -> tuple[str, ...]:
+    table = stage_recipe(recipe, stage)
+    return table.trains if table.max_steps > 0 else ()
+
+
+def load_trained(enhancer: torch.nn.Module, file: Path) -> None:
+    """Load a stage's trained weights; every tensor must have its place and shape.
+
+    Raises:
+        InputError: missing or foreign file.
+    """
+    try:
+        state = load_file(file)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{file} cannot be read ({error}): run the stage before this one again") from None
+    except Exception as error:  # safetensors raises its own type for a damaged header
+        raise InputError(f"{file} is damaged ({error}): run the stage before this one again") from None
+    parameters = dict(enhancer.named_parameters())
+    for name, value in state.items():
+        if name not in parameters or parameters[name].shape != value.shape:
+            raise InputError(f"{file} was trained with another recipe: {name} {tuple(value.shape)} has no place here")
+    with torch.no_grad():
+        for name, value in state.items():
+            parameters[name].copy_(value)

@@ -1,0 +1,118 @@
+"""What the denoiser must rebuild: latents of a frozen VAE.
+
+Legend: B batch, H = W image side, C latent channels, f the VAE's downscale factor.
+
+The VAE stays outside the trained module: it is never sharded, checkpointed or cast by a training engine.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from llava_genhancer.errors import InputError
+from llava_genhancer.toyworld.paths import resolve
+
+FLUX_VAE_CONFIG = Path(__file__).parent / "flux_vae"
+
+
+class VaeTarget:
+    """A frozen ``AutoencoderKL`` as target tokenizer: ``latents = scaling_factor * (z - shift_factor)``.
+
+    Args:
+        vae: the autoencoder, already on its device and in its dtype.
+        posterior: "sample" draws z from the posterior as the reference does (global RNG), "mean" takes its mean.
+    """
+
+    def __init__(self, vae: Any, posterior: Literal["sample", "mean"] = "sample"):
+        self.vae = vae.eval().requires_grad_(False)
+        self.posterior = posterior
+        self.scale = float(vae.config.scaling_factor or 1.0)
+        self.shift = float(vae.config.shift_factor or 0.0)
+        self.channels = int(vae.config.latent_channels)
+        self.downscale = 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def to(self, device: torch.device) -> VaeTarget:
+        """Move the frozen weights."""
+        self.vae.to(device)
+        return self
+
+    def latent_side(self, image_size: int) -> int:
+        """Latent side for an image side; it must be even (2x2 patches)."""
+        if image_size % (2 * self.downscale):
+            raise InputError(
+                f"image_size={image_size} is not a multiple of {2 * self.downscale}, which this VAE and the denoiser's "
+                "2x2 patches need"
+            )
+        return image_size // self.downscale
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 images (B, 3, H, W) to fp32 latents (B, C, H/f, W/f)."""
+        pixels = (images.float() / 127.5 - 1).to(self.vae.dtype)
+        distribution = self.vae.encode(pixels).latent_dist
+        z = distribution.sample() if self.posterior == "sample" else distribution.mode()
+        return (z.float() - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, H/f, W/f) to uint8 images (B, 3, H, W)."""
+        z = (latents / self.scale + self.shift).to(self.vae.dtype)
+        pixels = self.vae.decode(z).sample.float()
+        return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def check_vae(name: str) -> None:
+    """Refuse a path that cannot be a VAE before anything is loaded.
+
+    Raises:
+        InputError: a local path that is neither a diffusers folder nor a safetensors file.
+    """
+    path = Path(resolve(name)).expanduser()
+    if path.is_dir() and not any((path / sub / "config.json").is_file() for sub in ("", "vae")):
+        raise InputError(f"vae {name}: no config.json there; give a diffusers AutoencoderKL folder or ae.safetensors")
+    if name.startswith((".", "/", "~")) and not path.exists():
+        raise InputError(f"vae {name} does not exist; give a diffusers folder, a hub id or ae.safetensors")
+    if path.is_file() and path.suffix != ".safetensors":
+        raise InputError(f"vae {name}: only .safetensors single files are read (a pickle could run code)")
+
+
+def load_vae_target(name: str, *, dtype: torch.dtype = torch.float32, posterior: Literal["sample", "mean"] = "sample"):
+    """Load a VAE from a diffusers folder (or its ``vae/`` subfolder), a hub id, or BFL's single ``ae.safetensors``.
+
+    Raises:
+        InputError: nothing loadable there.
+    """
+    from diffusers import AutoencoderKL
+
+    check_vae(name)
+    path = Path(resolve(name)).expanduser()
+    try:
+        if path.is_file():
+            # The config is given, never asked of the hub; it states FLUX.1's VAE (16 channels, .3611, .1159).
+            vae = AutoencoderKL.from_single_file(str(path), config=str(FLUX_VAE_CONFIG), torch_dtype=dtype)
+        elif path.is_dir():
+            subfolder = None if (path / "config.json").is_file() else "vae"
+            vae = AutoencoderKL.from_pretrained(path, subfolder=subfolder, torch_dtype=dtype)
+        else:
+            vae = _from_hub(AutoencoderKL, name, dtype)
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"vae {name} cannot be loaded ({(str(error).splitlines() or ['?'])[0]}): give a diffusers folder, "
+            "ae.safetensors, or a hub id this machine can reach (FLUX.1-dev is gated: set HF_TOKEN)"
+        ) from None
+    return VaeTarget(vae, posterior)
+
+
+def _from_hub(cls: Any, name: str, dtype: torch.dtype) -> Any:
+    """Pipelines keep their VAE in a subfolder, stand-alone repositories at the root."""
+    try:
+        return cls.from_pretrained(name, subfolder="vae", torch_dtype=dtype)
+    except (OSError, ValueError):
+        return cls.from_pretrained(name, torch_dtype=dtype)

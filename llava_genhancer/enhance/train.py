@@ -1,0 +1,367 @@
+"""One command from images to a tower: stage 1, stage 2, merge, export; each finished step is recognised and skipped.
+
+RUN/manifest.json -> RUN/stage1/ -> RUN/stage2/ -> RUN/tower/
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import TrainerCallback, TrainingArguments
+
+from llava_genhancer import run
+from llava_genhancer.data.images import Source, open_source
+from llava_genhancer.data.loader import build_loader
+from llava_genhancer.data.views import TrainView, preview
+from llava_genhancer.enhance.backbones import check_backbone
+from llava_genhancer.enhance.enhancer import Enhancer
+from llava_genhancer.enhance.export import export_tower
+from llava_genhancer.enhance.stages import WEIGHTS, build_stage, stage_recipe
+from llava_genhancer.enhance.targets import VaeTarget, check_vae, load_vae_target
+from llava_genhancer.errors import InputError
+from llava_genhancer.recipes import Recipe
+from llava_genhancer.trainer import FINAL_FILE, ExactTrainer
+
+log = logging.getLogger(__name__)
+
+
+def enhance(
+    recipe: Recipe,
+    output_dir: str | os.PathLike,
+    *,
+    deepspeed: str | None = None,
+    stages: Sequence[int] = (1, 2),
+    step: int | None = None,
+) -> Path:
+    """Run (or go on with) an enhancement.
+
+    Args:
+        recipe: what to do; ``recipe.data`` must name the images.
+        output_dir: the run folder.
+        deepspeed: path of a DeepSpeed JSON; None trains in one process, or under DDP when launched by torchrun.
+        stages: which stages to run; the tower is exported once stage 2 is done.
+
+    Returns:
+        The tower folder, or the last stage's folder if stage 2 was not asked for.
+
+    Raises:
+        InputError: anything in the recipe, the data or the folder that cannot be used, before weights are loaded.
+        TrainingStopped, NonFiniteLoss: see :mod:`llava_genhancer.trainer`.
+    """
+    run_dir = Path(output_dir)
+    rank = int(os.environ.get("RANK", "0"))
+    if recipe.data is None:
+        raise InputError("no images given: add --data PATH (tar shards, image folder, HF dataset or LLaVA JSON)")
+    if deepspeed is not None and not Path(deepspeed).is_file():
+        raise InputError(f"--deepspeed {deepspeed} does not exist; configs/deepspeed/ has zero1, zero2, zero3")
+    check_backbone(recipe.backbone)
+    check_vae(recipe.vae)
+    source = open_source(recipe.data, image_folder=recipe.image_folder)
+    with run.exclusive(run_dir) if rank == 0 else nullcontext():
+        if rank == 0:
+            run.open_run(run_dir, recipe, world_size=int(os.environ.get("WORLD_SIZE", "1")), deepspeed=deepspeed)
+        for stage in sorted(stages):
+            train_stage(recipe, stage, run_dir, source, deepspeed)
+        if 2 not in stages:
+            return run_dir / f"stage{max(stages)}"
+        if rank == 0:
+            export_tower(run_dir, run_dir / "tower", recipe)
+        _barrier()
+    return run_dir / "tower"
+
+
+def train_stage(recipe: Recipe, stage: int, run_dir: Path, source: Source, deepspeed: str | None) -> None:
+    """Train one stage to its end, or recognise that it is finished."""
+    table = stage_recipe(recipe, stage)
+    stage_dir = run_dir / f"stage{stage}"
+    if table.max_steps == 0 or stage_result(stage_dir) is not None:
+        log.info("stage %d: %s", stage, "nothing to do" if table.max_steps == 0 else "finished before, skipped")
+        return
+    earlier = [run_dir / f"stage{s}" for s in range(1, stage) if stage_recipe(recipe, s).max_steps > 0]
+    for folder in earlier:
+        if stage_result(folder) is None:
+            raise InputError(f"stage {stage} builds on {folder.name}, which is not finished in {run_dir}: run it first")
+
+    started = time.time()
+    args = training_arguments(recipe, stage, stage_dir, deepspeed)
+    target = load_vae_target(recipe.vae, dtype=getattr(torch, recipe.vae_dtype), posterior=recipe.vae_posterior).to(
+        args.device
+    )
+    with _without_zero_init(args):
+        enhancer = build_stage(recipe, stage, target, [folder / WEIGHTS for folder in earlier])
+    view = TrainView(enhancer.backbone.image_size, scale=recipe.crop_scale, ratio=recipe.crop_ratio)
+    loader = build_loader(
+        source,
+        view,
+        batch_size=recipe.per_device_batch_size,
+        num_workers=recipe.num_workers,
+        seed=recipe.seed + stage,
+        rank=args.process_index,
+        world_size=args.world_size,
+        sharding=recipe.data_sharding,
+        shuffle_block=recipe.shuffle_block,
+        max_bad_fraction=recipe.max_bad_fraction,
+    )
+    trainer = EnhanceTrainer(
+        enhancer,
+        args,
+        loader,
+        target=target,
+        keep_checkpoints=recipe.keep_checkpoints,
+        facts={
+            "world_size": args.world_size,
+            "num_workers": recipe.num_workers,
+            "per_device_batch_size": recipe.per_device_batch_size,
+            "deepspeed_stage": _zero_stage(args),
+        },
+        snapshot_steps=table.snapshot_steps,
+        decay_all=recipe.decay_biases_and_norms,
+    )
+    if table.sample_steps and recipe.sample_images:
+        images = preview(source.first(recipe.sample_images), enhancer.backbone.image_size)
+        trainer.add_callback(_Pictures(trainer, images, table.sample_steps))
+    final = trainer.run()
+    finish_stage(trainer, stage, final, time.time() - started)
+    # Let a second stage start from an empty device.
+    trainer.accelerator.free_memory()
+    del trainer, enhancer, target, loader
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    _forget_accelerate()
+
+
+class EnhanceTrainer(ExactTrainer):
+    """Feeds an :class:`Enhancer`: uint8 images become pixel values and frozen targets on the device."""
+
+    def __init__(self, enhancer: Enhancer, args: TrainingArguments, loader: Any, *, target: VaeTarget, **kwargs: Any):
+        super().__init__(enhancer, args, loader, **kwargs)
+        self.enhancer, self.target = enhancer, target
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of a batch; ``noise`` and ``t`` in it replace the random draws (tests, ablations)."""
+        images: Tensor = inputs["images"]
+        target = self.target.encode(images)
+        loss = model(self.enhancer.backbone.normalise(images), target, inputs.get("noise"), inputs.get("t"))
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+
+class _Pictures(TrainerCallback):
+    """Strips of images rebuilt from the condition, as training goes on; the same images and noise each time."""
+
+    def __init__(self, trainer: EnhanceTrainer, images: Tensor, every: int):
+        self.trainer, self.images, self.every = trainer, images, every
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.rank == 0:
+            _write_strip(self.trainer.stage_dir / "samples" / "originals.png", self.images)
+        if state.global_step == 0:
+            self.draw(0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self.draw(state.global_step)
+
+    def draw(self, step: int) -> None:
+        trainer = self.trainer
+        images = self.images.to(trainer.args.device)
+        # Every rank takes part: under ZeRO-3 no rank has the weights alone.
+        with trainer.compute_loss_context_manager():
+            latents = trainer.enhancer.rebuild(
+                trainer.enhancer.backbone.normalise(images), torch.Generator().manual_seed(0)
+            )
+        if trainer.rank == 0:
+            _write_strip(trainer.stage_dir / "samples" / f"step-{step:06d}.png", trainer.target.decode(latents).cpu())
+
+
+def _write_strip(path: Path, images: Tensor) -> None:
+    """uint8 images (n, 3, H, W) side by side in one PNG."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    strip = images.permute(2, 0, 3, 1).reshape(images.shape[2], -1, 3)
+    data = BytesIO()
+    Image.fromarray(strip.contiguous().numpy()).save(data, format="PNG")
+    run.write_bytes(path, data.getvalue())
+
+
+def training_arguments(recipe: Recipe, stage: int, stage_dir: Path, deepspeed: str | None) -> TrainingArguments:
+    """The recipe in Trainer's words. Building it joins the process group.
+
+    Raises:
+        InputError: the global batch does not divide over ranks and micro-batches, or the JSON is not usable.
+    """
+    table = stage_recipe(recipe, stage)
+    on_cpu = not torch.cuda.is_available()
+    if deepspeed is not None and on_cpu:
+        _prepare_deepspeed_on_cpu()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    micro = recipe.per_device_batch_size * world
+    if recipe.global_batch_size % micro:
+        raise InputError(
+            f"global_batch_size={recipe.global_batch_size} is not a multiple of {world} ranks x "
+            f"per_device_batch_size={recipe.per_device_batch_size}: change one of them"
+        )
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage_dir / "tensorboard")
+    try:
+        args = TrainingArguments(
+            output_dir=str(stage_dir),
+            max_steps=table.max_steps,
+            learning_rate=table.learning_rate,
+            lr_scheduler_type="constant_with_warmup" if table.lr_scheduler == "constant" else "cosine",
+            warmup_steps=table.warmup_steps,
+            per_device_train_batch_size=recipe.per_device_batch_size,
+            gradient_accumulation_steps=recipe.global_batch_size // micro,
+            optim="adamw_torch",
+            adam_beta1=recipe.adam_beta1,
+            adam_beta2=recipe.adam_beta2,
+            adam_epsilon=recipe.adam_epsilon,
+            weight_decay=recipe.weight_decay,
+            max_grad_norm=recipe.max_grad_norm,
+            bf16=recipe.precision == "bf16",
+            use_cpu=on_cpu,
+            ddp_backend="gloo" if on_cpu and world > 1 else None,
+            ddp_find_unused_parameters=recipe.lora_scope == "all",
+            deepspeed=deepspeed,
+            seed=recipe.seed,
+            logging_steps=table.log_steps,
+            logging_first_step=True,
+            logging_nan_inf_filter=False,
+            save_strategy="steps",
+            save_steps=table.save_steps,
+            ignore_data_skip=True,
+            remove_unused_columns=False,
+            average_tokens_across_devices=False,
+            report_to=["tensorboard"],
+            disable_tqdm=True,
+        )
+        if deepspeed is not None and on_cpu:
+            import deepspeed as ds
+
+            ds.init_distributed(dist_backend="gloo")
+        return args
+    except (ValueError, OSError, KeyError) as error:
+        if deepspeed is None:
+            raise
+        raise InputError(f"--deepspeed {deepspeed}: {str(error).splitlines()[0]}") from None
+
+
+def stage_result(stage_dir: Path) -> dict[str, Any] | None:
+    """The facts of a finished stage, or None."""
+    path = stage_dir / "result.json"
+    if not path.exists():
+        return None
+    result = run.read_json(path)
+    weights = stage_dir / WEIGHTS
+    if not weights.is_file() or weights.stat().st_size != result["weights_bytes"]:
+        return None
+    return result
+
+
+def finish_stage(trainer: EnhanceTrainer, stage: int, final: Path, seconds: float) -> None:
+    """Gather the data report, put the weights in place, and write ``result.json`` last."""
+    reports: list[Any] = [trainer.loader.report().to_dict()]
+    if trainer.cpu_group is not None:
+        reports = [None] * trainer.world_size
+        dist.all_gather_object(reports, trainer.loader.report().to_dict(), group=trainer.cpu_group)
+    if trainer.rank == 0:
+        stage_dir = trainer.stage_dir
+        weights = stage_dir / WEIGHTS
+        weights.unlink(missing_ok=True)
+        try:
+            os.link(final / FINAL_FILE, weights)
+        except OSError:  # no hard links here
+            shutil.copyfile(final / FINAL_FILE, weights)
+        history = run.read_json(stage_dir / "log_history.json")
+        run.write_json(
+            stage_dir / "result.json",
+            {
+                "stage": stage,
+                "steps": trainer.args.max_steps,
+                "final_loss": history[-1]["loss"] if history else None,
+                "images_seen": trainer.args.max_steps
+                * trainer.args.train_batch_size
+                * trainer.args.gradient_accumulation_steps
+                * trainer.world_size,
+                "seconds": round(seconds, 1),
+                "trainable_parameters": sum(_numel(p) for p in trainer.model.parameters() if p.requires_grad),
+                "skipped": _add_reports(reports),
+                "weights_bytes": weights.stat().st_size,
+                "weights_sha256": run.sha256(weights),
+            },
+        )
+    trainer.barrier()
+
+
+def _numel(parameter: Any) -> int:
+    """ZeRO-3 leaves an empty tensor behind and keeps the true size beside it."""
+    return int(parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel())
+
+
+def _add_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    total: dict[str, Any] = {"read": 0, "skipped": 0, "by_reason": {}, "keys": []}
+    for report in reports:
+        total["read"] += report["read"]
+        total["skipped"] += report["skipped"]
+        for reason, count in report["by_reason"].items():
+            total["by_reason"][reason] = total["by_reason"].get(reason, 0) + count
+        total["keys"] += report["keys"]
+    return total
+
+
+def _zero_stage(args: TrainingArguments) -> int | None:
+    return int(args.hf_deepspeed_config._stage) if args.deepspeed else None
+
+
+def _prepare_deepspeed_on_cpu() -> None:
+    """Run without DeepSpeed's compiled shared-memory op: gloo does the same, and no compiler is needed."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class _without_zero_init:  # noqa: N801 - a context manager
+    """Build the model whole even under ZeRO-3; DeepSpeed shards it afterwards (mixed parts break bf16)."""
+
+    def __init__(self, args: TrainingArguments):
+        self.config = args.hf_deepspeed_config if args.deepspeed else None
+
+    def __enter__(self) -> None:
+        if self.config is not None:
+            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+            unset_hf_deepspeed_config()
+
+    def __exit__(self, *exc: Any) -> None:
+        if self.config is not None:
+            from transformers.integrations.deepspeed import set_hf_deepspeed_config
+
+            set_hf_deepspeed_config(self.config)
+
+
+def _forget_accelerate() -> None:
+    """accelerate keeps one global plugin state; a second stage builds its own."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=False)
+    GradientState._reset_state()
+
+
+def _barrier() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,239 @@
+"""The run folder: atomic writes, hashes, the manifest, the lock, and which checkpoints count.
+
+A file is either the old one or the whole new one (temporary name, fsync, rename). A folder of files (a checkpoint, a
+finished stage) counts only once its ``complete.json`` exists, which is written last and lists every file with size and
+SHA-256; everything without one is a leftover of a crash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llava_genhancer import __version__
+from llava_genhancer.errors import InputError
+from llava_genhancer.recipes import Recipe, differences, from_dict, to_dict
+
+MANIFEST = "manifest.json"
+MARKER = "complete.json"
+# Fields that may change between two starts of one run: they alter where or how often, never what is computed.
+HARMLESS_FIELDS = (
+    "name", "data", "image_folder", "keep_checkpoints", "sample_images", "sample_ode_steps",
+    "stage1.save_steps", "stage1.sample_steps", "stage1.log_steps", "stage2.save_steps", "stage2.sample_steps",
+    "stage2.log_steps",
+)  # fmt: skip
+# Fields that only the second stage or the export reads: a finished stage 1 may be reused when they differ.
+EXPORT_FIELDS = ("lora_scale", "merge_dtype")
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that a crash leaves the old file or the new one, never half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(fd, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """:func:`write_bytes` in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """:func:`write_text` of indented JSON; NaN and infinity are refused (they are not JSON)."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Parsed JSON.
+
+    Raises:
+        InputError: missing or malformed file, named.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Hex SHA-256 of a file's content."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# --- folders that count only when whole -------------------------------------------------------------------------
+
+
+def mark_complete(folder: str | os.PathLike, **facts: Any) -> None:
+    """Write the marker that makes ``folder`` count: every file below it with size and hash, and ``facts``."""
+    folder = Path(folder)
+    files = {
+        p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)}
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != MARKER
+    }
+    for name in files:  # the marker must not reach the disk before what it vouches for
+        with open(folder / name, "rb") as f:
+            os.fsync(f.fileno())
+    write_json(folder / MARKER, {"facts": facts, "files": files})
+
+
+def complete_facts(folder: str | os.PathLike, *, verify: bool) -> dict[str, Any] | None:
+    """The facts of a complete folder, or None. ``verify`` re-hashes every file instead of comparing sizes only."""
+    folder = Path(folder)
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        for name, expected in marker["files"].items():
+            path = folder / name
+            if path.stat().st_size != expected["bytes"] or (verify and sha256(path) != expected["sha256"]):
+                return None
+        return dict(marker["facts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def checkpoints(stage_dir: str | os.PathLike) -> list[Path]:
+    """All ``checkpoint-N`` folders of a stage, oldest first, complete or not."""
+    found = [p for p in Path(stage_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def last_complete_checkpoint(stage_dir: str | os.PathLike) -> Path | None:
+    """The newest checkpoint whose every file is there with the hash its marker lists."""
+    for path in reversed(checkpoints(stage_dir)):
+        if complete_facts(path, verify=True) is not None:
+            return path
+    return None
+
+
+def rotate_checkpoints(stage_dir: str | os.PathLike, keep: int) -> None:
+    """Delete all but the newest ``keep`` complete checkpoints, and incomplete ones older than the newest complete."""
+    complete = [p for p in checkpoints(stage_dir) if complete_facts(p, verify=False) is not None]
+    if not complete:
+        return
+    newest = int(complete[-1].name.split("-")[1])
+    for path in checkpoints(stage_dir):
+        if path not in complete[-keep:] and int(path.name.split("-")[1]) < newest:
+            with contextlib.suppress(OSError):  # the marker goes first: a half-deleted folder must not count
+                (path / MARKER).unlink()
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# --- manifest and lock ------------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on; packages that are not installed are left out."""
+    found = {"llava_genhancer": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "accelerate", "deepspeed", "diffusers", "peft", "torchdata", "webdataset"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def git_revision() -> str | None:
+    """The commit of the checkout this package runs from, with ``+dirty`` if it has changes; None outside one."""
+    here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists():
+        return None
+    try:
+        ask = ["git", "-C", str(here)]
+        commit = subprocess.run([*ask, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        status = subprocess.run([*ask, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+dirty" if status.stdout.strip() else "")
+
+
+def open_run(run_dir: str | os.PathLike, recipe: Recipe, **facts: Any) -> None:
+    """Create or re-open a run folder for ``recipe`` (call on rank 0).
+
+    Raises:
+        InputError: the folder belongs to a run of another recipe (the differing fields are named), holds something
+            else, or cannot be written.
+    """
+    run_dir = Path(run_dir)
+    manifest = run_dir / MANIFEST
+    if manifest.exists():
+        changed = differences(recipe, recipe_of(run_dir), ignore=(*HARMLESS_FIELDS, *EXPORT_FIELDS))
+        if changed:
+            raise InputError(
+                f"{run_dir} holds a run of another recipe ({'; '.join(changed)}): choose another --output_dir, "
+                "or repeat the run's own recipe"
+            )
+    elif run_dir.exists() and any(p.name != ".lock" for p in run_dir.iterdir()):
+        raise InputError(f"{run_dir} is not empty and has no {MANIFEST}: choose another --output_dir")
+    try:
+        old = read_json(manifest) if manifest.exists() else {}
+        write_json(
+            manifest,
+            {
+                "format": 1,
+                "recipe": to_dict(recipe),
+                "versions": versions(),
+                "git": git_revision(),
+                "command": sys.argv,
+                "seed": recipe.seed,
+                **{k: v for k, v in old.items() if k not in ("recipe", "versions", "git", "command", "seed")},
+                **facts,
+            },
+        )
+    except OSError as error:
+        raise InputError(f"{run_dir} cannot be written: {error.strerror or error}") from None
+
+
+def recipe_of(run_dir: str | os.PathLike) -> Recipe:
+    """The recipe in a run folder's manifest, or in a manifest file."""
+    path = Path(run_dir)
+    path = path / MANIFEST if path.is_dir() else path
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("recipe"), dict):
+        raise InputError(f"{path} is not a run's manifest: it has no 'recipe'")
+    return from_dict(manifest["recipe"])
+
+
+@contextlib.contextmanager
+def exclusive(run_dir: str | os.PathLike) -> Iterator[None]:
+    """Hold the run folder's lock; it goes with the process, however that ends.
+
+    Raises:
+        InputError: another process is working in the folder, or it cannot be created.
+    """
+    run_dir = Path(run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handle = open(run_dir / ".lock", "a+")  # noqa: SIM115 - held open for the lock's lifetime
+    except OSError as error:
+        raise InputError(f"{run_dir} cannot be created or written: {error.strerror or error}") from None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{run_dir} is in use by another process: wait for it, or choose another folder") from None
+        yield

@@ -1,0 +1,161 @@
+"""Tower folders: written so that every transformers from 4.37 to 5.x, and so every LLaVA fork, loads all their weights.
+
+A tower folder is the full two-tower model. transformers 5 drops the ``vision_model.`` prefix when a vision model is
+saved alone; a 4.37 reader then finds no key it knows, warns, and goes on with random weights. The full model keeps it.
+The marker file ``llava_genhancer.json`` lists each weight file's SHA-256, so that a reader can tell.
+
+This module needs torch, transformers >= 4.37 and safetensors, and runs on Python 3.10.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from llava_genhancer.errors import InputError
+
+MARKER = "llava_genhancer.json"
+PROCESSOR_FILES = ("preprocessor_config.json",)
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "spiece.model", "tokenizer.model",
+)  # fmt: skip
+
+
+def save_tower(model: Any, output_dir: str | os.PathLike, *, source: str, marker: dict[str, Any]) -> Path:
+    """Write a tower folder next to its final place, check it, and rename it there.
+
+    Args:
+        model: a full CLIPModel, SiglipModel or Siglip2Model.
+        output_dir: the folder; an earlier tower there is replaced, anything else is refused.
+        source: folder or hub id whose image processor and tokenizer go with it, byte for byte.
+        marker: facts for the marker file (recipe, steps, ...).
+
+    Returns:
+        ``output_dir``.
+
+    Raises:
+        InputError: something else is in the way, the source lacks processor or tokenizer, or the disk is full.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / MARKER).exists():
+        raise InputError(f"{output_dir} holds something that is not one of our towers: choose another folder")
+    staging = output_dir.with_name(f".{output_dir.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        model.save_pretrained(staging, safe_serialization=True, max_shard_size="20GB")
+        _copy_companions(source, staging)
+        weights = {p.name: _sha256(p) for p in sorted(staging.glob("*.safetensors"))}
+        facts = {"format": 1, "model_type": model.config.model_type, **marker, "weights": weights}
+        (staging / MARKER).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        check_keys(staging)
+        shutil.rmtree(output_dir, ignore_errors=True)
+        os.replace(staging, output_dir)
+    except OSError as error:
+        raise InputError(f"{output_dir} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return output_dir
+
+
+def _copy_companions(source: str, folder: Path) -> None:
+    """Processor and tokenizer files, verbatim: re-saving them with a new transformers can lose an old reader."""
+    for name in (*PROCESSOR_FILES, *TOKENIZER_FILES):
+        found = _find(source, name)
+        if found:
+            shutil.copyfile(found, folder / name)
+    if not (folder / "preprocessor_config.json").exists():  # saved by a processor class of transformers 5
+        from transformers import AutoImageProcessor
+
+        try:
+            AutoImageProcessor.from_pretrained(source).save_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{source} has no image processor to go with the tower: {error}") from None
+    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "spiece.model")):
+        raise InputError(f"{source} has no tokenizer to go with the tower: add its tokenizer files")
+
+
+def _find(source: str, name: str) -> str | None:
+    if os.path.isdir(source):
+        path = os.path.join(source, name)
+        return path if os.path.isfile(path) else None
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        source,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else str(found)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def is_tower(folder: str | os.PathLike) -> bool:
+    """Whether a folder carries our marker."""
+    return (Path(folder) / MARKER).is_file()
+
+
+def read_marker(folder: str | os.PathLike) -> dict[str, Any]:
+    """The facts in a tower's marker.
+
+    Raises:
+        InputError: no marker there, or one that cannot be read.
+    """
+    path = Path(folder) / MARKER
+    try:
+        marker = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{folder} is not one of our towers: it has no {MARKER}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    if not isinstance(marker, dict) or not isinstance(marker.get("weights"), dict):
+        raise InputError(f"{path} is not a tower's marker: it lists no weights")
+    return marker
+
+
+def verify_tower(folder: str | os.PathLike) -> dict[str, Any]:
+    """The marker, once every weight file has the hash it lists and every key the prefix old readers need.
+
+    Raises:
+        InputError: a file is missing, was changed, or would load as random weights.
+    """
+    marker = read_marker(folder)
+    for name, expected in marker["weights"].items():
+        path = Path(folder) / os.path.basename(name)
+        if not path.is_file() or _sha256(path) != expected:
+            raise InputError(f"{path} is missing or not the file that was exported: export the tower again")
+    check_keys(folder)
+    return marker
+
+
+def check_keys(folder: str | os.PathLike) -> None:
+    """Every vision weight must be named ``vision_model.*``, and both towers must be there.
+
+    Raises:
+        InputError: with the first key that an old transformers would not find.
+    """
+    from safetensors import safe_open
+
+    keys: list[str] = []
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(str(path), framework="pt") as f:
+            keys.extend(f.keys())
+    expected = ("vision_model.", "text_model.", "visual_projection.", "text_projection.", "logit_scale", "logit_bias")
+    foreign = [k for k in keys if not k.startswith(expected)]
+    if foreign or not any(k.startswith("vision_model.") for k in keys):
+        raise InputError(
+            f"{folder}: {foreign[0] if foreign else 'no vision_model.* key'} would not load in LLaVA's forks"
+        )
