@@ -1,0 +1,330 @@
+"""Where images come from: tar shards, a folder, a HF dataset, or LLaVA's JSON with its image folder.
+
+A source is either *sharded* (read front to back, one shard at a time) or *indexed* (any item at any time). It yields
+raw samples and never decodes; :mod:`llava_genhancer.data.loader` orders, decodes and counts.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from llava_genhancer.data.decode import IMAGE_SUFFIXES, BadImage, decode
+from llava_genhancer.errors import InputError
+
+HINT = "give tar shards, an image folder, a HF dataset (parquet folder, or hf:ORG/NAME) or a LLaVA JSON"
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """An undecoded image: its key, and bytes, a path, or the reason why there is neither."""
+
+    key: str
+    data: bytes | str | None
+    problem: str = ""
+
+    def image(self) -> Image.Image:
+        """Decode it.
+
+        Raises:
+            BadImage: it cannot be.
+        """
+        if self.data is None:
+            raise BadImage(self.problem)
+        return decode(self.data)
+
+
+class ShardSource:
+    """Tar files in webdataset's layout, read sequentially; nothing is unpacked and no listing is kept.
+
+    Every image member is a sample; its key is ``shard:member`` without the suffix.
+    """
+
+    def __init__(self, shards: list[str]):
+        self.shards = shards
+
+    def __len__(self) -> int:
+        """Number of shards."""
+        return len(self.shards)
+
+    def read(self, shard: int) -> Iterator[RawSample]:
+        """The samples of one shard in its own order; what cannot be read ends it with one bad sample."""
+        from webdataset.tariterators import tar_file_expander
+
+        path = self.shards[shard]
+        name = os.path.basename(path)
+        problems: list[str] = []
+
+        def note(error: Exception) -> bool:
+            problems.append(type(error).__name__)
+            return False
+
+        try:
+            with open(path, "rb") as stream:
+                members = tar_file_expander(
+                    [{"url": path, "stream": stream}], handler=note, select_files=_is_image, eof_value=None
+                )
+                for member in members:
+                    yield RawSample(f"{name}:{os.path.splitext(member['fname'])[0]}", member["data"])
+        except OSError as error:
+            problems.append(error.strerror or type(error).__name__)
+        if problems:
+            yield RawSample(f"{name}:", None, "unreadable shard")
+
+    def first(self, count: int) -> list[tuple[str, Image.Image]]:
+        """The first decodable images."""
+        return _first((s for i in range(len(self.shards)) for s in self.read(i)), count)
+
+
+class IndexedSource:
+    """Items that can be reached by number.
+
+    Args:
+        count: how many.
+        get: item number to raw sample; must be picklable where data workers are spawned.
+    """
+
+    def __init__(self, count: int, get: Callable[[int], RawSample]):
+        self.count, self.get = count, get
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return self.count
+
+    def first(self, count: int) -> list[tuple[str, Image.Image]]:
+        """The first decodable images."""
+        return _first((self.get(i) for i in range(self.count)), count)
+
+
+Source = ShardSource | IndexedSource
+
+
+def _first(samples: Iterator[RawSample], count: int) -> list[tuple[str, Image.Image]]:
+    found: list[tuple[str, Image.Image]] = []
+    for tried, sample in enumerate(samples):
+        if len(found) == count or tried > 100 * count:
+            break
+        try:
+            found.append((sample.key, sample.image()))
+        except BadImage:
+            continue
+    return found
+
+
+def open_source(path: str, image_folder: str | None = None) -> Source:
+    """Recognise what ``path`` is, and make sure that at least one image can be read.
+
+    Args:
+        path: a ``.tar`` file, glob or brace pattern; a folder of ``.tar`` files; a folder of parquet files or one
+            written by ``Dataset.save_to_disk``; ``hf:ORG/NAME[:SPLIT]``; LLaVA's ``.json``; or a folder of images.
+        image_folder: root of the image paths in a LLaVA JSON.
+
+    Raises:
+        InputError: nothing there, not readable, or no image in it.
+    """
+    source = _recognise(path, image_folder)
+    if len(source) == 0:
+        raise InputError(f"data {path} holds no images; {HINT}")
+    if not source.first(1):
+        raise InputError(f"data {path}: none of the first images can be decoded; check the files, or {HINT}")
+    return source
+
+
+def _recognise(path: str, image_folder: str | None) -> Source:
+    if path.startswith("hf:"):
+        return _hub_dataset(path)
+    expanded = os.path.expanduser(path)
+    if any(c in expanded for c in "*?[") or ("{" in expanded and not os.path.exists(expanded)):
+        return _shards(_expand(path, expanded), path)
+    try:
+        if os.path.isfile(expanded):
+            if expanded.endswith(".tar"):
+                return _shards([expanded], path)
+            if expanded.endswith(".json"):
+                return _llava_json(expanded, image_folder)
+            if expanded.endswith(".parquet"):
+                return _parquet([expanded], path)
+            raise InputError(f"data {path} is a file of no known kind; {HINT}")
+        if not os.path.isdir(expanded):
+            raise InputError(f"data {path} does not exist; {HINT}")
+        names = sorted(os.listdir(expanded))
+    except PermissionError as error:
+        raise InputError(f"data {error.filename or path} may not be read: check its permissions") from None
+    for suffix, build in ((".tar", _shards), (".parquet", _parquet)):
+        files = [os.path.join(expanded, n) for n in names if n.endswith(suffix)]
+        if files:
+            return build(files, path)
+    if "dataset_info.json" in names or "dataset_dict.json" in names:
+        return _saved_dataset(expanded)
+    nested = sorted(map(str, Path(expanded).rglob("*.parquet")))
+    return _parquet(nested, path) if nested else _folder(expanded)
+
+
+# --- tar shards ---------------------------------------------------------------------------------------------------
+
+
+def _expand(path: str, expanded: str) -> list[str]:
+    if "{" in expanded:
+        from braceexpand import braceexpand
+
+        try:
+            patterns = list(braceexpand(expanded))
+        except ValueError as error:
+            raise InputError(f"data {path}: {error}") from None
+        missing = [p for p in patterns if "*" not in p and not os.path.exists(p)]
+        if missing:
+            raise InputError(f"data {path}: {len(missing)} of {len(patterns)} shards are missing, first {missing[0]}")
+    else:
+        patterns = [expanded]
+    found = [f for p in patterns for f in (sorted(glob.glob(p)) if any(c in p for c in "*?[") else [p])]
+    if not found:
+        raise InputError(f"data {path} matches no file")
+    return found
+
+
+def _shards(files: list[str], path: str) -> ShardSource:
+    for file in files:
+        if not os.access(file, os.R_OK):
+            raise InputError(f"data {path}: shard {file} may not be read: check its permissions")
+    source = ShardSource(files)
+    for sample in source.read(0):
+        if sample.data is None:
+            raise InputError(f"data {path}: shard {files[0]} is not a readable tar file: fetch or pack it again")
+        break
+    return source
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+# --- folders and JSON ---------------------------------------------------------------------------------------------
+
+
+class _Files:
+    """Files below a root, by number."""
+
+    def __init__(self, root: str, names: list[str]):
+        self.root, self.names = root, names
+
+    def __call__(self, index: int) -> RawSample:
+        name = self.names[index]
+        path = os.path.normpath(os.path.join(self.root, name))
+        if os.path.isabs(name) or not path.startswith(self.root.rstrip("/") + "/"):
+            return RawSample(name, None, "path leaves the image folder")
+        return RawSample(name, path)
+
+
+def _folder(root: str) -> IndexedSource:
+    root = os.path.abspath(root)
+    names = [
+        os.path.relpath(os.path.join(folder, name), root)
+        for folder, _, files in os.walk(root)
+        for name in files
+        if _is_image(name)
+    ]
+    return IndexedSource(len(names), _Files(root, sorted(names)))
+
+
+def _llava_json(path: str, image_folder: str | None) -> IndexedSource:
+    if image_folder is None:
+        raise InputError(f"data {path} is a LLaVA JSON: add --image_folder DIR, the root of its image paths")
+    root = os.path.abspath(os.path.expanduser(image_folder))
+    if not os.path.isdir(root):
+        raise InputError(f"image_folder {image_folder} does not exist")
+    try:
+        with open(path, encoding="utf-8") as f:
+            entries = json.load(f)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"data {path} cannot be read as JSON: {error}") from None
+    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+        raise InputError(f"data {path} is not a LLaVA JSON: it must be a list of objects with an 'image' each")
+    names: dict[str, None] = {}  # conversations share images; each counts once
+    for entry in entries:
+        images = entry.get("image") or []
+        for name in [images] if isinstance(images, str) else images:
+            names[str(name)] = None
+    return IndexedSource(len(names), _Files(root, list(names)))
+
+
+# --- HF datasets --------------------------------------------------------------------------------------------------
+
+
+class _Rows:
+    """Rows of an arrow table with one undecoded image column."""
+
+    def __init__(self, dataset: Any, column: str, name: str):
+        self.dataset, self.column, self.name = dataset, column, name
+
+    def __call__(self, index: int) -> RawSample:
+        key = f"{self.name}:{index}"
+        try:
+            value = self.dataset[index][self.column]
+        except Exception as error:
+            return RawSample(key, None, f"unreadable row ({type(error).__name__})")
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        return RawSample(key, value, "" if value else "empty")
+
+
+def _parquet(files: list[str], path: str) -> IndexedSource:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset("parquet", data_files=files, split="train")
+    except Exception as error:
+        raise InputError(f"data {path}: not readable as parquet ({_line(error)})") from None
+    return _rows(dataset, path)
+
+
+def _saved_dataset(path: str) -> IndexedSource:
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(path)
+    except Exception as error:
+        raise InputError(f"data {path}: not readable as a saved dataset ({_line(error)})") from None
+    if isinstance(dataset, dict):
+        dataset = dataset["train"] if "train" in dataset else next(iter(dataset.values()))
+    return _rows(dataset, path)
+
+
+def _hub_dataset(path: str) -> IndexedSource:
+    import datasets
+
+    name, _, split = path[3:].partition(":")
+    try:
+        dataset = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:
+        raise InputError(
+            f"data {path} cannot be loaded ({_line(error)}); check name and split (hf:ORG/NAME:SPLIT) and the network"
+        ) from None
+    return _rows(dataset, path)
+
+
+def _rows(dataset: Any, path: str) -> IndexedSource:
+    import datasets
+
+    columns = [n for n, f in dataset.features.items() if isinstance(f, datasets.Image)]
+    columns += [
+        n
+        for n, f in dataset.features.items()
+        if n in ("image", "jpg", "png", "img") and n not in columns and not isinstance(f, datasets.ClassLabel)
+    ]
+    if not columns:
+        raise InputError(f"data {path} has no image column among {', '.join(dataset.features)}")
+    column = columns[0]
+    if isinstance(dataset.features[column], datasets.Image):
+        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return IndexedSource(len(dataset), _Rows(dataset.select_columns(column), column, os.path.basename(path)))
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

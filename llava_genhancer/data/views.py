@@ -1,0 +1,35 @@
+"""What both branches of the method see of an image: one random crop, as uint8."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resized_crop
+
+
+class TrainView:
+    """RandomResizedCrop (reference: area .9 to 1, ratio 3/4 to 4/3, bicubic), a pure function of image and seed.
+
+    Normalisation differs between the backbone and the target tokenizer and happens on the device; hence uint8.
+
+    Args:
+        image_size: side of the square result in pixels.
+        scale: range of the crop's share of the area, in (0, 1].
+        ratio: range of the crop's width over height.
+    """
+
+    def __init__(
+        self, image_size: int, scale: tuple[float, float] = (0.9, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ):
+        self.image_size, self.scale, self.ratio = image_size, scale, ratio
+
+    def __call__(self, image: Image.Image, seed: int) -> Tensor:
+        """An RGB image to uint8 (3, image_size, image_size); the global RNG is left as it was."""
+        with torch.random.fork_rng(devices=[]):  # torchvision draws the crop from the global RNG
+            torch.manual_seed(seed)
+            top, left, height, width = RandomResizedCrop.get_params(image, list(self.scale), list(self.ratio))
+        size = [self.image_size, self.image_size]
+        crop = resized_crop(image, top, left, height, width, size, interpolation=InterpolationMode.BICUBIC)
+        return pil_to_tensor(crop)
