@@ -56,7 +56,7 @@ def images_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_fields(tiny_clip: Path, tiny_vae: Path, images_folder: Path) -> dict[str, object]:
     """Recipe fields of a run that takes seconds: 12 + 8 steps of the whole method."""
     return {

@@ -174,8 +174,8 @@ def write_card(tower_dir: Path, run_dir: Path) -> None:
         if path.exists():
             r = run.read_json(path)
             stages.append(
-                f"| {stage} | {', '.join(recipe[f'stage{stage}.trains'])} | {recipe[f'stage{stage}.learning_rate']:g} | "
-                f"{r['steps']} | {r['images_seen']} | {r['trainable_parameters']:,} |"
+                f"| {stage} | {', '.join(recipe[f'stage{stage}.trains'])} | {recipe[f'stage{stage}.learning_rate']:g} "
+                f"| {r['steps']} | {r['images_seen']} | {r['trainable_parameters']:,} |"
             )
     base = recipe["backbone"]
     tags = "" if base.startswith(("toyworld:", "/", ".")) else f"base_model: {base}\n"
@@ -210,10 +210,19 @@ The weights' SHA-256 are in `{MARKER}`, with the whole recipe.
 
 
 def _measured(run_dir: Path) -> str:
-    command = "llava-genhancer mmvp-vlm ORIGINAL TOWER --data MMVP_VLM_DIR"
+    """The lines of ``eval/mmvp_vlm.json``, or how to make it."""
+    command = f"llava-genhancer mmvp-vlm ORIGINAL TOWER --data DIR --output {run_dir.name}/eval/mmvp_vlm.json"
     path = run_dir / "eval" / "mmvp_vlm.json"
     if not path.exists():
         return f"Not measured yet: `{command}`."
-    from llava_genhancer.evaluate.report import model_card_section
-
-    return model_card_section(run_dir)
+    results = run.read_json(path)
+    lines = ["| tower | right | score (%) | 95 % interval |", "|---|---|---|---|"]
+    for tower in results["towers"]:
+        score = tower["average"]
+        low, high = score["interval"]
+        lines.append(f"| {tower['label']} | {score['right']}/{score['n']} | {score['percent']} | {low} to {high} |")
+    lines += [
+        f"\n{c['tower']} against {c['against']}: {c['difference']:+} points, exact McNemar p = {c['mcnemar_p']:.2g}."
+        for c in results["comparisons"]
+    ]
+    return "\n".join([*lines, "", f"Measured with `{command}`; guessing gives {results['guess']:g} %."])

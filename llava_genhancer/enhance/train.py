@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainingArguments
 from llava_genhancer import run
 from llava_genhancer.data.images import Source, open_source
 from llava_genhancer.data.loader import build_loader
-from llava_genhancer.data.views import TrainView, preview
+from llava_genhancer.data.views import TrainView
 from llava_genhancer.enhance.backbones import check_backbone
 from llava_genhancer.enhance.enhancer import Enhancer
 from llava_genhancer.enhance.export import export_tower
@@ -129,7 +129,7 @@ def train_stage(recipe: Recipe, stage: int, run_dir: Path, source: Source, deeps
         decay_all=recipe.decay_biases_and_norms,
     )
     if table.sample_steps and recipe.sample_images:
-        images = preview(source.first(recipe.sample_images), enhancer.backbone.image_size)
+        images = _preview(source, recipe.sample_images, enhancer.backbone.image_size)
         trainer.add_callback(_Pictures(trainer, images, table.sample_steps))
     final = trainer.run()
     finish_stage(trainer, stage, final, time.time() - started)
@@ -185,6 +185,14 @@ class _Pictures(TrainerCallback):
             )
         if trainer.rank == 0:
             _write_strip(trainer.stage_dir / "samples" / f"step-{step:06d}.png", trainer.target.decode(latents).cpu())
+
+
+def _preview(source: Source, count: int, size: int) -> Tensor:
+    """The first images of a source, resized and centre-cropped, uint8 (n, 3, H, W)."""
+    from PIL import ImageOps
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    return torch.stack([pil_to_tensor(ImageOps.fit(image, (size, size))) for _, image in source.first(count)])
 
 
 def _write_strip(path: Path, images: Tensor) -> None:

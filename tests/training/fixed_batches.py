@@ -13,8 +13,6 @@ from pathlib import Path
 
 import torch
 
-torch.set_num_threads(1)
-
 from llava_genhancer import recipes
 from llava_genhancer.enhance.stages import build_stage
 from llava_genhancer.enhance.targets import load_vae_target
@@ -22,7 +20,6 @@ from llava_genhancer.enhance.train import (
     EnhanceTrainer,
     _forget_accelerate,
     _without_zero_init,
-    stage_recipe,
     training_arguments,
 )
 
@@ -56,6 +53,7 @@ class FixedBatches:
 
 
 def main(config: dict) -> None:
+    torch.set_num_threads(1)
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     out = Path(config["output"])
     for name, deepspeed, precision in config["runs"]:

@@ -1,0 +1,307 @@
+"""The whole enhancement in one process: resume, skipping, snapshots, refusals, NaN."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from llava_genhancer import cli, recipes, run
+from llava_genhancer.enhance import train
+from llava_genhancer.enhance.train import EnhanceTrainer, enhance
+from llava_genhancer.errors import InputError
+from llava_genhancer.trainer import ExactTrainer, NonFiniteLoss
+
+
+class Crash(BaseException):
+    """Stands for kill -9: nothing of ours may catch it."""
+
+
+def recipe_from(fields: dict, **changes) -> recipes.Recipe:
+    return recipes.override(recipes.Recipe(name="test"), {**fields, **changes})
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def weights(run_dir: Path) -> dict[str, str]:
+    """Hashes of every result a run leaves."""
+    names = ("stage1/weights.safetensors", "stage2/weights.safetensors", "tower/model.safetensors")
+    names += tuple(f"stage2/snapshots/{p.name}" for p in (run_dir / "stage2" / "snapshots").iterdir())
+    return {name: digest(run_dir / name) for name in names}
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, stage: str, step: int, when: str = "on_step_end") -> None:
+    """End the process (by exception) in the given stage and step."""
+
+    class Bomb(TrainerCallback):
+        pass
+
+    def go_off(self, args, state, control, **kwargs):
+        if Path(args.output_dir).name == stage and state.global_step == step:
+            raise Crash
+
+    setattr(Bomb, when, go_off)
+    original = EnhanceTrainer.__init__
+
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.add_callback(Bomb())
+
+    monkeypatch.setattr(EnhanceTrainer, "__init__", init)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_fields: dict) -> Path:
+    """An uninterrupted run with dropout, random crops, accumulation and noise all on."""
+    run_dir = tmp_path_factory.mktemp("run") / "whole"
+    enhance(recipe_from(tiny_fields), run_dir)
+    return run_dir
+
+
+def test_a_run_leaves_what_it_should(finished: Path, tiny_fields: dict) -> None:
+    manifest = run.read_json(finished / "manifest.json")
+    assert recipes.from_dict(manifest["recipe"]) == recipe_from(tiny_fields)
+    for stage, steps in (("stage1", 12), ("stage2", 8)):
+        result = run.read_json(finished / stage / "result.json")
+        assert result["steps"] == steps
+        assert result["images_seen"] == steps * 8
+        assert result["skipped"]["skipped"] == 0
+        history = run.read_json(finished / stage / "log_history.json")
+        assert [e["step"] for e in history] == [1, *range(2, steps + 1, 2)]
+        assert all(e["images_per_second"] > 0 for e in history)
+        assert (finished / stage / "samples" / f"step-{steps:06}.png").exists()
+        assert any((finished / stage / "tensorboard").iterdir())
+        complete = [p.name for p in run.checkpoints(finished / stage) if run.complete_facts(p, verify=True)]
+        assert len(complete) == 2, "two checkpoints are kept, the last of them the final one"
+        assert complete[-1] == f"checkpoint-{steps}"
+    assert "Not measured yet" in (finished / "tower" / "README.md").read_text()
+
+
+def test_checkpoints_hold_no_frozen_weights(finished: Path) -> None:
+    stage1 = load_file(finished / "stage1" / "weights.safetensors")
+    stage2 = load_file(finished / "stage2" / "weights.safetensors")
+    assert {n.split(".")[0] for n in stage1} == {"projector", "denoiser"}
+    assert {n.split(".")[0] for n in stage2} == {"backbone"}
+    assert all("lora_" in n or n.endswith(".base_layer.bias") for n in stage2)
+    trained = load_file(finished / "stage2" / "checkpoint-8" / "trained.safetensors")
+    assert set(trained) == set(stage2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "step", "when", "workers"),
+    [
+        ("stage1", 7, "on_step_end", 0),  # between checkpoints
+        ("stage2", 8, "on_train_end", 0),  # after the last checkpoint, before the stage is declared finished
+        ("stage2", 6, "on_step_end", 1),  # with a data worker
+    ],
+)
+def test_crash_and_resume_is_bit_identical(
+    finished, tiny_fields, tmp_path, monkeypatch, stage, step, when, workers
+) -> None:
+    recipe = recipe_from(tiny_fields, num_workers=workers)
+    reference = finished
+    if workers:
+        reference = tmp_path / "whole"
+        enhance(recipe, reference)
+    with monkeypatch.context() as patch:
+        crash_at(patch, stage, step, when)
+        with pytest.raises(Crash):
+            enhance(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "tower").exists()
+    torch.manual_seed(12345)  # whatever the next process's RNG is
+    enhance(recipe, tmp_path / "run")
+    assert weights(tmp_path / "run") == weights(reference)
+    # The first entry after a resume averages over fewer steps; everything later is the same.
+    ours, theirs = (run.read_json(d / stage / "log_history.json") for d in (tmp_path / "run", reference))
+    assert [e["step"] for e in ours] == [e["step"] for e in theirs]
+    assert [e["loss"] for e in ours][-1] == [e["loss"] for e in theirs][-1]
+
+
+def test_half_written_and_damaged_checkpoints_are_passed_over(finished, tiny_fields, tmp_path, monkeypatch) -> None:
+    recipe = recipe_from(tiny_fields)
+    with monkeypatch.context() as patch:
+        crash_at(patch, "stage1", 11)
+        with pytest.raises(Crash):
+            enhance(recipe, tmp_path / "run")
+    stage = tmp_path / "run" / "stage1"
+    (stage / "checkpoint-99").mkdir()  # what a kill in the middle of a save leaves
+    damaged = stage / "checkpoint-10" / "optimizer.pt"
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    assert run.last_complete_checkpoint(stage) == stage / "checkpoint-5"
+    enhance(recipe, tmp_path / "run")
+    assert weights(tmp_path / "run") == weights(finished)
+    assert not (stage / "checkpoint-99").exists()
+
+
+def test_a_finished_run_is_left_alone(finished, tiny_fields, monkeypatch) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
+    monkeypatch.setattr(train, "load_vae_target", lambda *a, **k: pytest.fail("a finished stage loaded its VAE"))
+    enhance(recipe_from(tiny_fields), finished)
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} == before
+
+
+def test_another_recipe_is_refused_with_the_difference(finished, tiny_fields) -> None:
+    with pytest.raises(InputError, match=r"another recipe \(lora_rank: 16 -> 4\)"):
+        enhance(recipe_from(tiny_fields, lora_rank=4), finished)
+
+
+def test_other_workers_are_refused(tiny_fields, tmp_path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        crash_at(patch, "stage1", 6)
+        with pytest.raises(Crash):
+            enhance(recipe_from(tiny_fields), tmp_path / "run")
+    manifest = run.read_json(tmp_path / "run" / "manifest.json")
+    manifest["recipe"]["num_workers"] = 2
+    run.write_json(tmp_path / "run" / "manifest.json", manifest)
+    with pytest.raises(InputError, match="num_workers was 0, is 2"):
+        enhance(recipe_from(tiny_fields, num_workers=2), tmp_path / "run")
+
+
+def test_nan_stops_the_run_and_names_the_batch(tiny_fields, tmp_path, monkeypatch) -> None:
+    original, calls, seen = EnhanceTrainer.compute_loss, iter(range(10_000)), []
+
+    def poisoned(self, model, inputs, *args, **kwargs):
+        loss = original(self, model, inputs, *args, **kwargs)
+        if next(calls) == 13:  # second micro-batch of step 7
+            seen.extend(inputs["keys"])
+            loss = loss * float("nan")
+        return loss
+
+    monkeypatch.setattr(EnhanceTrainer, "compute_loss", poisoned)
+    with pytest.raises(NonFiniteLoss, match="loss is nan around step") as caught:
+        enhance(recipe_from(tiny_fields), tmp_path / "run")
+    report = run.read_json(tmp_path / "run" / "stage1" / "nonfinite-rank0.json")
+    assert report["keys"] == seen
+    assert seen[0] in str(caught.value)
+    kept = run.checkpoints(tmp_path / "run" / "stage1")
+    assert [p.name for p in kept] == ["checkpoint-5"]
+    state = load_file(kept[0] / "trained.safetensors")
+    assert all(torch.isfinite(v).all() for v in state.values())
+
+
+def test_noise_differs_between_ranks(monkeypatch) -> None:
+    """Trainer seeds every rank alike; ours must not."""
+    from types import SimpleNamespace
+
+    from llava_genhancer.trainer import _Flow
+
+    draws = []
+    for rank in (0, 1):
+        trainer = SimpleNamespace(rank=rank, _last_log=None)
+        _Flow(trainer).on_train_begin(SimpleNamespace(seed=0), SimpleNamespace(global_step=0), None)
+        draws.append(torch.randn(4))
+    assert not torch.equal(*draws)
+
+
+def test_the_export_is_the_trained_model(finished, tiny_fields, tiny_clip) -> None:
+    from transformers import CLIPModel
+
+    original = CLIPModel.from_pretrained(tiny_clip).state_dict()
+    tower = CLIPModel.from_pretrained(finished / "tower").state_dict()
+    changed = {n for n in tower if not torch.equal(tower[n], original[n])}
+    assert changed
+    assert all(n.startswith(("vision_model.", "visual_projection.")) for n in changed)
+    update = load_file(finished / "stage2" / "weights.safetensors")
+    name = "vision_model.encoder.layers.0.mlp.fc1"
+    a, b = (update[f"backbone.{name}.lora_{x}.default.weight"] for x in "AB")
+    expected = original[f"{name}.weight"] + b @ a * (16 / 16)
+    assert torch.allclose(tower[f"{name}.weight"], expected, atol=1e-7)
+
+
+def run_cli(capsys, *argv: str) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(list(argv))
+    return int(caught.value.code), capsys.readouterr().err
+
+
+def as_arguments(fields: dict) -> list[str]:
+    return [f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in fields.items()]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": "no/such/folder"}, "no/such/folder"),
+        ({"backbone": "/no/clip"}, "no config.json there"),
+        ({"vae": "/no/vae"}, "/no/vae does not exist"),
+        ({"lora_rnk": 3}, "did you mean 'lora_rank'"),
+        ({"stage1.max_steps": "many"}, "needs a value of type int"),
+        ({"global_batch_size": 10}, "not a multiple of"),
+        ({"image_size": 30}, "not a multiple of"),
+        ({"denoiser_rope_axes": "4,6,8"}, "sum to"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(tiny_fields, tmp_path, capsys, change, words) -> None:
+    arguments = as_arguments({**tiny_fields, **change})
+    status, err = run_cli(capsys, "enhance", "openai-l14-224", "--output_dir", str(tmp_path / "run"), *arguments)
+    assert status == 2
+    lines = [line for line in err.splitlines() if line.startswith("llava-genhancer: ")]
+    assert len(lines) == 1
+    assert words in lines[0]
+    assert "Traceback" not in err
+
+
+def test_a_run_repeats_from_its_manifest(finished, tmp_path, capsys) -> None:
+    status, _ = run_cli(
+        capsys, "enhance", "--config", str(finished / "manifest.json"), "--output_dir", str(tmp_path / "again")
+    )
+    assert status == 0
+    assert weights(tmp_path / "again") == weights(finished)
+
+
+def test_two_runs_in_one_folder(finished, tiny_fields) -> None:
+    with run.exclusive(finished), pytest.raises(InputError, match="in use by another process"):
+        enhance(recipe_from(tiny_fields), finished)
+
+
+def test_export_at_another_strength_and_step(finished, tiny_clip, tmp_path, capsys) -> None:
+    for scale, folder in ((0.0, "zero"), (0.5, "half")):
+        status, _ = run_cli(
+            capsys, "export", str(finished), "--output_dir", str(tmp_path / folder), "--lora_scale", str(scale)
+        )
+        assert status == 0
+    original = load_file(tiny_clip / "model.safetensors")
+    zero, half, one = (
+        load_file(p / "model.safetensors") for p in (tmp_path / "zero", tmp_path / "half", finished / "tower")
+    )
+    assert all(torch.equal(zero[n], original[n]) for n in original)
+    for n in original:
+        assert torch.allclose(half[n], (original[n] + one[n]) / 2, atol=1e-6)
+    status, err = run_cli(capsys, "export", str(finished), "--output_dir", str(tmp_path / "s"), "--step", "5")
+    assert status == 2
+    assert "kept are: 4" in err
+    status, _ = run_cli(capsys, "export", str(finished), "--output_dir", str(tmp_path / "s4"), "--step", "4")
+    assert status == 0
+    assert json.loads((tmp_path / "s4" / "llava_genhancer.json").read_text())["step"] == 4
+
+
+def test_a_stop_signal_saves_and_the_run_goes_on(finished, tiny_fields, tmp_path, monkeypatch, capsys) -> None:
+    import os
+    import signal
+
+    original, calls = ExactTrainer.training_step, iter(range(10_000))
+
+    def interrupted(self, *args, **kwargs):
+        if next(calls) == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    arguments = as_arguments(tiny_fields)
+    start = ("enhance", "openai-l14-224", "--name=test", "--output_dir", str(tmp_path / "run"), *arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(ExactTrainer, "training_step", interrupted)
+        status, err = run_cli(capsys, *start)
+    assert status == 128 + signal.SIGINT
+    assert "stopped at step 7 by SIGINT" in err
+    assert run.last_complete_checkpoint(tmp_path / "run" / "stage1").name == "checkpoint-7"
+    # The command line's defaults are the paper's, the reference run's are Recipe()'s: the same.
+    status, err = run_cli(capsys, *start)
+    assert status == 0, err
+    assert weights(tmp_path / "run") == weights(finished)
