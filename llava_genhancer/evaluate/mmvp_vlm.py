@@ -34,6 +34,7 @@ from llava_genhancer.evaluate.mmvp_results import (
 )
 from llava_genhancer.evaluate.paper import PATTERNS
 from llava_genhancer.evaluate.towers import Tower, choose_device, load_tower
+from llava_genhancer.evaluate.words import paper_rows
 
 __all__ = [
     "GUESS", "Benchmark", "Comparison", "MmvpResult", "PairResult", "Score", "compare", "evaluate_tower",
@@ -141,11 +142,8 @@ def table(results: Sequence[MmvpResult]) -> str:
             f"{r.label} against {results[0].label}: {c.difference:+.1f} points [{c.low:+.1f}, {c.high:+.1f}], "
             f"{c.gained} pairs gained, {c.lost} lost, McNemar's exact p = {p_value(c.p)}"
         )
-    known = [r for r in results if r.paper]
-    if known:
-        rows_of = "; ".join(f"{r.label}: {r.paper.backbone.label}@{r.paper.backbone.image_size}, {r.paper.method}"
-                            for r in known if r.paper)  # fmt: skip
-        lines.append(f"(in brackets: Table 1 of arXiv 2503.19480; {rows_of})")
+    if any(r.paper for r in results):
+        lines.append(f"(in brackets: Table 1 of arXiv 2503.19480; {paper_rows(results)})")
     lines.append(f"Intervals are 95 %. Guessing gives {GUESS:.0f} %, one pair is {ONE_PAIR:.2f} points of the average.")
     return "\n".join(lines)
 

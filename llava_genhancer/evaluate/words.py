@@ -1,0 +1,93 @@
+"""How the report says things: scores, comparisons, numbers, recipe fields."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llava_genhancer.evaluate.markdown import code, table, text
+from llava_genhancer.evaluate.mmvp_results import Comparison, MmvpResult, Score
+from llava_genhancer.evaluate.paper import PATTERNS
+
+
+def percent(score: Score) -> str:
+    """``31.9 % [24.1, 40.2]``."""
+    return f"{score.percent:.1f} % [{score.low:.1f}, {score.high:.1f}]"
+
+
+def verdict(c: Comparison) -> str:
+    """What a comparison does and does not show, in one or two sentences."""
+    if c.gained == c.lost == 0:
+        return "both answer every pair alike."
+    change = f"{c.difference:+.1f} points [{c.low:+.1f}, {c.high:+.1f}], {c.gained} pairs gained and {c.lost} lost"
+    p = f"exact McNemar p = {c.p:.3f}" if c.p >= 0.001 else "exact McNemar p < 0.001"
+    if c.p < 0.05:
+        return f"{change} ({p}): more than chance explains at the 5 % level, for this seed."
+    return f"{change} ({p}): within noise, not evidence of a difference."
+
+
+def paper_rows(results: Sequence[MmvpResult]) -> str:
+    """Which of Table 1's rows stands beside which tower."""
+    return ", ".join(
+        f"{r.label}: {r.paper.backbone.label}@{r.paper.backbone.image_size}, {r.paper.method}"
+        for r in results
+        if r.paper
+    )
+
+
+def mmvp_table(results: Sequence[MmvpResult]) -> str:
+    """The per-pattern table in Markdown, with the paper's column after each tower that has one."""
+    header = ["pattern"]
+    for r in results:
+        header += [text(r.label)] + (["paper"] if r.paper else [])
+    rows = []
+    for i, name in enumerate([*PATTERNS, "average"]):
+        row = [f"**{name}**" if name == "average" else name]
+        for r in results:
+            score = r.average if name == "average" else r.patterns[i]
+            row.append(f"{score.percent:.1f} [{score.low:.1f}, {score.high:.1f}]")
+            if r.paper:
+                row.append(f"{r.paper.average if name == 'average' else r.paper.patterns[i]:.1f}")
+        rows.append(row)
+    return table(header, rows)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted names."""
+    named: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            named |= flat(value, f"{prefix}{key}.")
+        else:
+            named[f"{prefix}{key}"] = value
+    return named
+
+
+def fields(values: Mapping[str, Any], names: Sequence[str]) -> str:
+    """A table of recipe fields."""
+    return table(["field", "value"], [[text(name), code(plain(values[name]))] for name in names])
+
+
+def plain(value: Any) -> str:
+    """A JSON value as the command line takes it."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return (
+        {None: "none", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    )
+
+
+def number(value: Any) -> str:
+    """Thousands apart, floats to four digits, a dash for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def duration(seconds: Any) -> str:
+    """``2 h 05 min``, ``3 min 07 s`` or ``4.2 s``."""
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
