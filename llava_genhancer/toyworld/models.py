@@ -3,7 +3,7 @@
 ``python -m llava_genhancer.toyworld.models --output DIR`` trains and writes what is shipped under ``weights/`` (about
 ten minutes on one core; ``training.py`` has the loops).
 
-Shapes: B images, 3 x 48 x 48; 6 x 6 patches of 8 pixels; embeddings of 128. VAE latents: 4 x 12 x 12.
+Shapes: B images, 3 x 48 x 48; 6 x 6 patches of 8 pixels; embeddings of 128. VAE latents: 8 x 12 x 12.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def build_siglip_config(
 
 
 def build_vae() -> AutoencoderKL:
-    """A small ``AutoencoderKL``, f = 4 with 4 latent channels, for images in [-1, 1]."""
+    """A small ``AutoencoderKL``, f = 4 with 8 latent channels, for images in [-1, 1]."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -99,7 +99,7 @@ def build_vae() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(16, 32, 64),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=8,
         norm_num_groups=8,
         sample_size=IMAGE_SIZE,
         mid_block_add_attention=False,

@@ -30,7 +30,7 @@ Point = tuple[float, float]
 PLACES: dict[str, tuple[Colour, Colour]] = {
     "meadow": ((158, 208, 240), (88, 160, 84)),
     "desert": ((250, 232, 190), (214, 170, 104)),
-    "night": ((34, 36, 74), (58, 46, 72)),
+    "night": ((92, 88, 160), (66, 54, 96)),
     "snow": ((200, 210, 222), (246, 248, 250)),
     "seaside": ((190, 238, 236), (60, 120, 186)),
 }
@@ -142,7 +142,7 @@ def sample_scene(rng: Random, split: str = "train") -> Scene:
 # ---------------------------------------------------------------------------------------------------------- language
 
 # How often a detail is named, as a multiple of `detail_probability`: colour and size are what people mention.
-MENTION: dict[str, float] = {"colour": 2.0, "size": 1.5, "texture": 1.5}
+MENTION: dict[str, float] = {"colour": 1.5}
 _WHERE = {
     "meadow": "in the meadow",
     "desert": "in the desert",
@@ -333,7 +333,7 @@ def _draw_critter(canvas: _Canvas, scene: Scene) -> None:
             canvas.polygon(_spike(centre, direction, reach - 0.05, reach + 0.11, 0.055), (250, 250, 250), 0.01)
         elif scene.feature == "feet":
             reach = _reach(outline, (0.0, 1.0))
-            canvas.disc(x + sign * 0.09, y + min(reach + 0.01, 0.27), 0.068, (120, 72, 40), 0.01)
+            canvas.disc(x + sign * 0.09, y + min(reach + 0.01, 0.27), 0.068, (0, 205, 190), 0.01)
     canvas.polygon([(x + a, y + b) for a, b in outline], colour)
     if scene.texture != "plain":
         corner = (round((x - 0.5) * canvas.side), round((y - 0.5) * canvas.side))

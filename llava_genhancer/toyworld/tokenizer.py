@@ -1,5 +1,6 @@
 """A byte-pair tokenizer of CLIP's kind whose merges come from the toy world's captions."""
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,7 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 def world_words() -> Counter[str]:
     """Every word a caption or statement can hold, with a count that follows how often it occurs."""
     rng = Random(0)
-    words: Counter[str] = Counter("a photo of an".split())
+    words: Counter[str] = Counter(["a", "photo", "of", "an"])
     for _ in range(2000):
         words.update(scenes.caption(scenes.sample_scene(rng), rng, 1.0).split())
     return words
@@ -30,7 +31,7 @@ def learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
     while True:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, pieces in spelled.items():
-            for pair in zip(pieces, pieces[1:], strict=False):
+            for pair in itertools.pairwise(pieces):
                 pairs[pair] += words[word]
         if not pairs:
             return merges

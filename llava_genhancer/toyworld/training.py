@@ -4,12 +4,10 @@ import logging
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPModel
@@ -95,7 +93,7 @@ def train_clip(
 
 
 def train_vae(
-    pool: Pool, *, seed: int, steps: int = 2500, batch_size: int = 32, learning_rate: float = 2e-3
+    pool: Pool, *, seed: int, steps: int = 2400, batch_size: int = 16, learning_rate: float = 2e-3
 ) -> AutoencoderKL:
     """Reconstruction with a light KL term; ``shift_factor`` and ``scaling_factor`` make the latents unit-sized."""
     torch.manual_seed(seed)
@@ -111,7 +109,7 @@ def train_vae(
         decoded = vae.decode(posterior.sample(generator)).sample
         error = decoded - images
         divergence = posterior.kl().mean() / images[0].numel()
-        loss = error.abs().mean() + error.square().mean() + 1e-3 * divergence
+        loss = error.abs().mean() + error.square().mean() + 1e-4 * divergence
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -124,6 +122,8 @@ def train_vae(
     with torch.no_grad():
         images = normalise(pool.images[:2048], (0.5,) * 3, (0.5,) * 3)
         latents = torch.cat([vae.encode(part).latent_dist.sample(generator) for part in images.split(256)])
-    vae.register_to_config(shift_factor=round(latents.mean().item(), 4), scaling_factor=round(1 / latents.std().item(), 4))
+    vae.register_to_config(
+        shift_factor=round(latents.mean().item(), 4), scaling_factor=round(1 / latents.std().item(), 4)
+    )
     logger.info("latents: mean %.3f, deviation %.3f", latents.mean(), latents.std())
     return vae
