@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from llava_genhancer.evaluate.mmvp_results import GUESS, MmvpResult
+from llava_genhancer.evaluate.mmvp_results import GUESS, Comparison, MmvpResult
 from llava_genhancer.run import write_bytes
 
 COLOURS = ("#8C8C8C", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
@@ -262,3 +262,36 @@ def finite_history(entries: Sequence[Mapping[str, Any]]) -> list[tuple[int, floa
         if isinstance(step, int) and isinstance(loss, int | float) and math.isfinite(loss):
             points.append((step, float(loss)))
     return points
+
+
+def seeds_figure(
+    seeds: Sequence[Any],
+    comparisons: Sequence[Comparison],
+    probes: Mapping[str, Sequence[float]],
+    path: str | Path,
+) -> None:
+    """Change per seed: MMVP-VLM with 95 % intervals on the left, each probed detail's change on the right."""
+    rows = max(len(seeds), len(probes))
+    with _Drawing(path, 11.0 if probes else 6.0, 1.6 + 0.34 * rows) as figure:
+        panels = figure.subplots(1, 2 if probes else 1, squeeze=False)[0]
+        low, high = [c.difference - c.low for c in comparisons], [c.high - c.difference for c in comparisons]
+        panels[0].errorbar(
+            [c.difference for c in comparisons], np.arange(len(seeds))[::-1], xerr=np.array([low, high]).clip(0),
+            fmt="o", color=COLOURS[1], markersize=6, elinewidth=1.4, capsize=2.5,
+        )  # fmt: skip
+        panels[0].set_yticks(np.arange(len(seeds))[::-1], [f"seed {_short(str(s), 20)}" for s in seeds])
+        panels[0].set(title="MMVP-VLM, 95 % intervals", ylim=(-0.6, len(seeds) - 0.4))
+        names = list(probes)[::-1]
+        for row, values in enumerate(probes[name] for name in names):
+            dots, mean = [row] * len(values), statistics.fmean(values)
+            panels[1].scatter(values, dots, s=26, color=COLOURS[2], edgecolor=INK, linewidth=0.6, zorder=3)
+            panels[1].scatter([mean], [row], marker="|", s=260, color=INK, linewidth=2.0, zorder=4)
+        if probes:
+            panels[1].set_yticks(range(len(names)), [_short(name, 28) for name in names])
+            panels[1].set(title="Linear probes: dots are seeds, bars their mean", ylim=(-0.6, len(names) - 0.4))
+        for axes in panels:
+            axes.axvline(0, color=INK, linewidth=0.9, linestyle=(0, (5, 4)), zorder=0.5)
+            axes.set_xlabel("enhanced minus original, points")
+            axes.grid(axis="x", color="#E5E5E5", linewidth=0.8)
+            axes.set_axisbelow(True)
+            axes.tick_params(axis="y", length=0)

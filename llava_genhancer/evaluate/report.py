@@ -201,7 +201,12 @@ class _Report:
         results = _before_and_after(load_results(path))
         comparisons = [compare(results[0], r) for r in results[1:]]
         towers = [{k: v for k, v in r.to_dict().items() if k != "pairs"} for r in results]
-        self.facts["mmvp_vlm"] = {"towers": towers, "comparisons": [c.to_dict() for c in comparisons]}
+        benchmark = read_json(path)["benchmark"]
+        self.facts["mmvp_vlm"] = {
+            "benchmark": benchmark,
+            "towers": towers,
+            "comparisons": [c.to_dict() for c in comparisons],
+        }
         figures.mmvp_figure(results, self.path("mmvp_vlm.png"))
         picture = self.figure("mmvp_vlm.png", "MMVP-VLM by pattern, with 95 % intervals")
         scores = ", ".join(f"{text(r.label)} {percent(r.average)}" for r in results)
@@ -210,9 +215,10 @@ class _Report:
             self.headlines.append(f"{text(r.label)} against {text(results[0].label)}: {verdict(c)}")
         n, each = results[0].average.n, results[0].patterns[0].n
         notes = [
+            f"Measured on {code(benchmark['path'])} (SHA-256 {code(benchmark['sha256'][:16])}…).",
             f"n = {n} pairs, {each} per pattern; brackets are 95 % intervals (Wilson per pattern, stratified for the "
             f"average). One pair is {ONE_PAIR:.2f} points of the average, {100 / each:.1f} of its pattern; guessing "
-            f"gives {GUESS:.0f} %. Read the average first."
+            f"gives {GUESS:.0f} %. Read the average first.",
         ]
         for r in results:
             if r.average.low <= GUESS <= r.average.high:

@@ -65,7 +65,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def fields(values: Mapping[str, Any], names: Sequence[str]) -> str:
     """A table of recipe fields."""
-    return table(["field", "value"], [[text(name), code(plain(values[name]))] for name in names])
+    return table(["field", "value"], [[code(name), code(plain(values[name]))] for name in names])
 
 
 def plain(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +38,19 @@ def write_benchmark(
 @pytest.fixture(scope="session")
 def make_benchmark() -> Callable[..., Path]:
     return write_benchmark
+
+
+def _with_own_questions(source: Path, folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    shutil.copy(source / "Questions.csv", folder)
+    (folder / "MLLM_VLM Images").symlink_to(source / "MLLM_VLM Images", target_is_directory=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def with_own_questions() -> Callable[[Path, Path], Path]:
+    """A set's copy whose CSV may be changed; its images stay the source's."""
+    return _with_own_questions
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,14 @@ from llava_genhancer.evaluate.towers import load_tower
 
 
 @pytest.fixture
-def broken(benchmark_dir, tmp_path) -> Path:
-    """A copy to break."""
+def broken(benchmark_dir, with_own_questions, tmp_path) -> Path:
+    """A set whose questions may be broken."""
+    return with_own_questions(benchmark_dir, tmp_path / "set")
+
+
+@pytest.fixture
+def broken_images(benchmark_dir, tmp_path) -> Path:
+    """A set whose images may be broken."""
     return Path(shutil.copytree(benchmark_dir, tmp_path / "set"))
 
 
@@ -53,18 +59,18 @@ def test_a_bom_blank_lines_and_windows_line_ends_are_harmless(broken):
     assert [p.ids for p in load_benchmark(broken).pairs] == [(i, i + 1) for i in range(1, 270, 2)]
 
 
-def test_png_where_there_is_no_jpg(broken):
-    path = broken / "MLLM_VLM Images" / "Orientation" / "4.jpg"
+def test_png_where_there_is_no_jpg(broken_images):
+    path = broken_images / "MLLM_VLM Images" / "Orientation" / "4.jpg"
     Image.open(path).save(path.with_suffix(".png"))
     path.unlink()
-    assert load_benchmark(broken).pairs[1].images[1].name == "4.png"
+    assert load_benchmark(broken_images).pairs[1].images[1].name == "4.png"
 
 
-def test_other_pixels_make_another_set(benchmark_dir, broken):
-    before = load_benchmark(broken).sha256
+def test_other_pixels_make_another_set(benchmark_dir, broken_images):
+    before = load_benchmark(broken_images).sha256
     assert before == load_benchmark(benchmark_dir).sha256
-    Image.new("RGB", (9, 9)).save(broken / "MLLM_VLM Images" / "Text" / "230.jpg")
-    assert load_benchmark(broken).sha256 != before
+    Image.new("RGB", (9, 9)).save(broken_images / "MLLM_VLM Images" / "Text" / "230.jpg")
+    assert load_benchmark(broken_images).sha256 != before
 
 
 def test_both_images_lie_under_the_first_rows_type(broken):
@@ -84,12 +90,12 @@ def test_truth_goes_by_the_parity_of_the_id(broken, caplog):
     assert "1 of 135 pairs" in caplog.text
 
 
-def test_no_folder_no_csv_no_images(tmp_path, broken):
+def test_no_folder_no_csv_no_images(tmp_path, broken, with_own_questions):
     fails(tmp_path / "nowhere", "nowhere is not a folder")
     (tmp_path / "empty").mkdir()
     fails(tmp_path / "empty", r"no Questions.csv.*MLLM_VLM Images")
-    shutil.copytree(broken, tmp_path / "two" / "a")
-    shutil.copytree(broken, tmp_path / "two" / "b")
+    with_own_questions(broken, tmp_path / "two" / "a")
+    with_own_questions(broken, tmp_path / "two" / "b")
     fails(tmp_path / "two", "2 folders with a Questions.csv")
     (broken / "MLLM_VLM Images").rename(broken / "images")
     fails(broken, "no folder 'MLLM_VLM Images'")
@@ -139,15 +145,15 @@ def test_bytes_that_are_no_text(broken):
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "text", "truncated"])
-def test_a_bad_image_is_named(broken, damage):
-    path = broken / "MLLM_VLM Images" / "Color" / "170.jpg"
+def test_a_bad_image_is_named(broken_images, damage):
+    path = broken_images / "MLLM_VLM Images" / "Color" / "170.jpg"
     if damage == "missing":
         path.unlink()
     elif damage == "truncated":
         path.write_bytes(path.read_bytes()[:-300])
     else:
         path.write_bytes(b"" if damage == "empty" else b"not an image")
-    assert "170.jpg" in fails(broken, "is missing" if damage == "missing" else "cannot be decoded")
+    assert "170.jpg" in fails(broken_images, "is missing" if damage == "missing" else "cannot be decoded")
 
 
 def damaged(tower: Path, tmp_path: Path, *, without: str = "", **config) -> str:

@@ -3,7 +3,9 @@
 import csv
 import dataclasses
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -108,12 +110,40 @@ def test_towers_are_loaded_as_the_protocol_says(clip_dir, siglip_dir, siglip2_di
     assert type(clip.image_processor).__name__ == "CLIPImageProcessorPil"
 
 
+def test_images_are_resized_by_pillow_from_an_old_preprocessor_file_too(clip_dir, tmp_path):
+    """OpenAI's own file, of 2021, names no image processor; torchvision's resize would differ by a grey level."""
+    folder = shutil.copytree(clip_dir, tmp_path / "old")
+    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "crop_size": 16, "do_center_crop": True, "do_normalize": True, "do_resize": True, "size": 16,
+                "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": mean, "image_std": std, "resample": 3,
+            }
+        )
+    )  # fmt: skip
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 45, 3), dtype=np.uint8))
+    cropped = image.resize((24, 16), Image.Resampling.BICUBIC).crop((4, 0, 20, 16))
+    pixels = torch.tensor(np.array(cropped)) / 255
+    expected = ((pixels - torch.tensor(mean)) / torch.tensor(std)).permute(2, 0, 1)
+    ours = load_tower(str(folder), "cpu").images([image])["pixel_values"][0]
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
 class KnowsIds(torch.nn.Module):
     """Prefers the image whose id the statement names."""
 
     def forward(self, input_ids, pixel_values):
         logits = -10 * (input_ids.float() - pixel_values.float().T).abs()
         return type("Output", (), {"logits_per_text": logits})
+
+
+@pytest.fixture(scope="module")
+def numbered_set(make_benchmark, tmp_path_factory):
+    """Every image carries its id in its colour, every statement in its words; PNG keeps the colour exact."""
+    folder = tmp_path_factory.mktemp("numbered") / "set"
+    colour = lambda n: Image.new("RGB", (2, 2), (n // 256, n % 256, 0))  # noqa: E731
+    return make_benchmark(folder, colour, lambda n: f"number {n}", suffix=".png")
 
 
 @pytest.fixture
@@ -132,16 +162,13 @@ def oracle_tower():
 @pytest.mark.parametrize(
     ("swapped", "right"), [((), 135), ((1, 2), 134), ((62,), 134), ((1, 31, 61), 132), (tuple(range(1, 271)), 0)]
 )
-def test_a_score_known_beforehand(tmp_path, make_benchmark, oracle_tower, swapped, right):
-    def partner(number):
-        return number + 1 if number % 2 else number - 1
-
-    folder = make_benchmark(
-        tmp_path / "set",
-        lambda n: Image.new("RGB", (2, 2), (n // 256, n % 256, 0)),
-        lambda n: f"number {partner(n) if n in swapped else n}",
-        suffix=".png",
-    )
+def test_a_score_known_beforehand(tmp_path, numbered_set, with_own_questions, oracle_tower, swapped, right):
+    folder = with_own_questions(numbered_set, tmp_path / "set")
+    rows = (folder / "Questions.csv").read_text().splitlines()
+    for number in swapped:  # its statement is true of the partner's image
+        partner = number + 1 if number % 2 else number - 1
+        rows[number] = rows[number].replace(f"number {number}", f"number {partner}")
+    (folder / "Questions.csv").write_text("\n".join(rows))
     result = evaluate_tower(oracle_tower, load_benchmark(folder))
     assert result.average.right == right
     assert result.average.percent == pytest.approx(100 * right / 135)

@@ -95,7 +95,7 @@ def test_a_whole_run_is_reported_whole(full_run):
     for said in (
         *PATTERNS, "# tiny: report", "One run, seed 0", "19.3", "31.9", "0.74 points", "25 %", "n = 135", "McNemar p",
         "1,310,154,816", "1 h 12 min", "1,000 images read, 2 skipped (0.20 %)", "zero-shot retention", "facing",
-        "torchrun --nproc_per_node=2 -m llava_genhancer enhance tiny --output_dir 'a run'",
+        "Measured on `set`", "torchrun --nproc_per_node=2 -m llava_genhancer enhance tiny --output_dir 'a run'",
         "llava-genhancer mmvp-vlm towers/0 towers/1 --data set", "llava-genhancer report", "toyworld:clip",
     ):  # fmt: skip
         assert said in words, said
@@ -162,6 +162,7 @@ def test_an_empty_run_says_what_is_missing(tmp_path):
         ("stage2/result.json", '{"skipped": {"read": "many"}}', None),
         ("eval/mmvp_vlm.json", '{"towers": []}', "mmvp_vlm.png"),
         ("eval/mmvp_vlm.json", '{"towers": [{"pairs": []}]}', "mmvp_vlm.png"),
+        ("eval/mmvp_vlm.json", "{}", "mmvp_vlm.png"),
         ("eval/probes.json", '{"details": ["facing"], "original": {}}', "probes.png"),
         ("eval/probes.json", "[1]", "probes.png"),
         ("stage1/samples/step-000600.png", "no picture", "reconstructions.png"),
