@@ -149,6 +149,9 @@ def loss_figure(histories: Mapping[str, Sequence[tuple[int, float]]], path: str 
                 axes.plot(steps, smoothed(losses, window), color=COLOURS[1], linewidth=2.0, label=label)
             low, high = _range(losses)
             axes.set(title=title, xlabel="optimizer step", ylabel="loss (velocity MSE)", ylim=(low, high))
+            if cut := [x for x in losses if x > high]:
+                told = f"↑ {len(cut)} early entries above, up to {max(cut):.3g}"
+                axes.text(0.14, 0.97, told, transform=axes.transAxes, va="top", fontsize=9)
             axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
             axes.set_axisbelow(True)
             axes.legend(loc="upper right")

@@ -34,7 +34,7 @@ from llava_genhancer.evaluate.mmvp_results import (
 )
 from llava_genhancer.evaluate.paper import PATTERNS
 from llava_genhancer.evaluate.towers import Tower, choose_device, load_tower
-from llava_genhancer.evaluate.words import paper_rows
+from llava_genhancer.evaluate.words import p_value, paper_rows
 
 __all__ = [
     "GUESS", "Benchmark", "Comparison", "MmvpResult", "PairResult", "Score", "compare", "evaluate_tower",
@@ -140,17 +140,12 @@ def table(results: Sequence[MmvpResult]) -> str:
         c = compare(results[0], r)
         lines.append(
             f"{r.label} against {results[0].label}: {c.difference:+.1f} points [{c.low:+.1f}, {c.high:+.1f}], "
-            f"{c.gained} pairs gained, {c.lost} lost, McNemar's exact p = {p_value(c.p)}"
+            f"{c.gained} pairs gained, {c.lost} lost, McNemar's exact p {p_value(c.p)}"
         )
     if any(r.paper for r in results):
         lines.append(f"(in brackets: Table 1 of arXiv 2503.19480; {paper_rows(results)})")
     lines.append(f"Intervals are 95 %. Guessing gives {GUESS:.0f} %, one pair is {ONE_PAIR:.2f} points of the average.")
     return "\n".join(lines)
-
-
-def p_value(p: float) -> str:
-    """Three decimals, or a bound: nobody reads more into a p."""
-    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def _cell(score: Score, published: float | None) -> str:

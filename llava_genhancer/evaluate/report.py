@@ -22,6 +22,7 @@ from llava_genhancer.evaluate.words import duration, fields, flat, mmvp_table, n
 from llava_genhancer.run import MANIFEST, read_json, write_json, write_text
 
 STAGES = (1, 2)
+PARTS = (MANIFEST, "stage1", "stage2", "tower", "eval")
 FIGURES = ("loss.png", "t_density.png", "reconstructions.png", "mmvp_vlm.png", "probes.png")
 GRID_ROWS, GRID_COLUMNS, KEYS_SHOWN = 6, 8, 20
 # Recipe fields worth a reader's first look; the others follow folded away.
@@ -43,9 +44,13 @@ def write_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir).expanduser()
     if not run_dir.is_dir():
         raise InputError(f"{run_dir} is not a folder: give a run's output folder")
-    known = (MANIFEST, "stage1", "stage2", "tower", "eval", "report.md")
-    if any(run_dir.iterdir()) and not any((run_dir / name).exists() for name in known):
-        raise InputError(f"{run_dir} is not a run folder: it has none of {', '.join(known[:-1])}")
+    there = {p.name for p in run_dir.iterdir() if not p.name.startswith(".")}
+    if not there.isdisjoint(PARTS) or there <= {"report.md", "report.json", "figures"}:
+        return _write(run_dir)
+    raise InputError(f"{run_dir} is not a run folder: it has none of {', '.join(PARTS)}")
+
+
+def _write(run_dir: Path) -> Path:
     report = _Report(run_dir)
     mmvp, probes = report.part("MMVP-VLM", report.mmvp), report.part("probes", report.probes)
     training, pictures = report.part("training", report.training), report.part("pictures", report.reconstructions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import statistics
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate import figures
 from llava_genhancer.evaluate.markdown import block, code, table, text
 from llava_genhancer.evaluate.mmvp_results import GUESS, ONE_PAIR, Comparison, MmvpResult, compare, load_results
-from llava_genhancer.evaluate.words import percent
+from llava_genhancer.evaluate.words import p_value, percent
 from llava_genhancer.run import MANIFEST, read_json, write_json, write_text
 
 # Student's t, two-sided 95 %, for 1 to 9 degrees of freedom; beyond, a hair wider than exact.
@@ -63,7 +64,10 @@ def write_seeds_report(run_dirs: Sequence[str | Path], output_dir: str | Path) -
             f"Accuracy of linear probes, enhanced minus original. {len(probes)} details are {len(probes)} chances for "
             "an interval to miss zero by luck.",
         ]
-    links = [f"* seed {text(seed)}: {code(run / 'report.md')}" for seed, run in zip(seeds, runs, strict=True)]
+    links = [
+        f"* seed {text(seed)}: {code(os.path.relpath(run / 'report.md', output_dir))}"
+        for seed, run in zip(seeds, runs, strict=True)
+    ]
     again = [shlex.join(["llava-genhancer", "report", str(run)]) for run in runs]
     parts += ["## The runs", "\n".join(links), block(again)]
     facts = {
@@ -110,7 +114,14 @@ def _judgement(change: dict[str, Any], comparisons: Sequence[Comparison]) -> str
 
 def _row(seed: Any, before: MmvpResult, after: MmvpResult, c: Comparison) -> list[str]:
     change = f"{c.difference:+.1f} [{c.low:+.1f}, {c.high:+.1f}]"
-    return [text(seed), percent(before.average), percent(after.average), change, f"{c.gained} / {c.lost}", f"{c.p:.3f}"]
+    return [
+        text(seed),
+        percent(before.average),
+        percent(after.average),
+        change,
+        f"{c.gained} / {c.lost}",
+        p_value(c.p).removeprefix("= "),
+    ]
 
 
 def _seed(run: Path) -> Any:

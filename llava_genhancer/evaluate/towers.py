@@ -83,7 +83,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(1, device=chosen)
+        torch.empty(1, device=chosen).item()  # "meta" has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {device} cannot be used ({_first_line(error)}): try cpu or cuda") from None
     return chosen

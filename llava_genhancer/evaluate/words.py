@@ -15,12 +15,17 @@ def percent(score: Score) -> str:
     return f"{score.percent:.1f} % [{score.low:.1f}, {score.high:.1f}]"
 
 
+def p_value(p: float) -> str:
+    """``= 0.042``, or ``< 0.001``: nobody reads more into a p."""
+    return f"= {p:.3f}" if p >= 0.001 else "< 0.001"
+
+
 def verdict(c: Comparison) -> str:
     """What a comparison does and does not show, in one or two sentences."""
     if c.gained == c.lost == 0:
         return "both answer every pair alike."
     change = f"{c.difference:+.1f} points [{c.low:+.1f}, {c.high:+.1f}], {c.gained} pairs gained and {c.lost} lost"
-    p = f"exact McNemar p = {c.p:.3f}" if c.p >= 0.001 else "exact McNemar p < 0.001"
+    p = f"exact McNemar p {p_value(c.p)}"
     if c.p < 0.05:
         return f"{change} ({p}): more than chance explains at the 5 % level, for this seed."
     return f"{change} ({p}): within noise, not evidence of a difference."

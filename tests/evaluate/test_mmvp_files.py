@@ -232,6 +232,8 @@ def test_run_fails_before_it_works(clip_dir, benchmark_dir, tmp_path):
         run([str(clip_dir)], benchmark_dir, benchmark_dir / "Questions.csv" / "x.json")
     with pytest.raises(InputError, match="device abacus"):
         run([str(clip_dir)], benchmark_dir, device="abacus")
+    with pytest.raises(InputError, match="device meta"):
+        run([str(clip_dir)], benchmark_dir, device="meta")
     with pytest.raises(InputError, match=re.escape(str(tmp_path / "none"))):
         run([str(tmp_path / "none")], benchmark_dir, tmp_path / "out.json")
     assert not (tmp_path / "out.json").exists()

@@ -10,6 +10,7 @@ from PIL import Image
 from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate.mmvp_data import Benchmark
 from llava_genhancer.evaluate.mmvp_results import MmvpResult, PairResult, save_results
+from llava_genhancer.evaluate.report import write_report
 from llava_genhancer.evaluate.seeds import spread, write_seeds_report
 
 
@@ -43,6 +44,8 @@ def test_the_mean_and_students_interval_by_hand():
 
 def test_a_gain_that_comes_back(tmp_path):
     words = write_seeds_report(build(tmp_path, 0.8), tmp_path).read_text()
+    with pytest.raises(InputError, match="is not a run folder"):  # which would replace this report by an empty one
+        write_report(tmp_path)
     facts = json.loads((tmp_path / "report.json").read_text())
     assert "the gain comes back. 3 of 3 seeds differ" in words
     assert facts["seeds"] == [0, 1, 2]
