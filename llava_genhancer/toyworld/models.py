@@ -3,7 +3,7 @@
 ``python -m llava_genhancer.toyworld.models --output DIR`` trains and writes what is shipped under ``weights/`` (about
 ten minutes on one core; ``training.py`` has the loops).
 
-Shapes: B images, 3 x 48 x 48; 6 x 6 patches of 8 pixels; embeddings of 128. VAE latents: 8 x 12 x 12.
+Shapes: B images, 3 x 48 x 48; 6 x 6 patches of 8 pixels; embeddings of 96. VAE latents: 8 x 12 x 12.
 """
 
 import argparse
@@ -39,7 +39,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def build_clip_config(
-    vocab_size: int, *, width: int = 128, layers: int = 4, text_layers: int = 3, image_size: int = IMAGE_SIZE
+    vocab_size: int, *, width: int = 96, layers: int = 3, text_layers: int = 2, image_size: int = IMAGE_SIZE
 ) -> CLIPConfig:
     """A CLIP of OpenAI's design, tiny: patches of 8 pixels, heads of 32, embeddings as wide as the towers."""
     vision = CLIPVisionConfig(
@@ -159,13 +159,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, help="folder to write clip/ and vae/ into")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=24_000, help="rendered training images")
+    parser.add_argument("--threads", type=int, default=1, help="the exact weights depend on this number too")
     parser.add_argument("--only", choices=("clip", "vae"), help="train one of the two")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logger.info("seed %d", arguments.seed)
+    torch.set_num_threads(arguments.threads)
+    logger.info("seed %d, %d thread(s)", arguments.seed, arguments.threads)
     world = training.render_pool(arguments.images, arguments.seed)
     if arguments.only != "vae":
-        clip = training.train_clip(world, arguments.output / "tokenizer", seed=arguments.seed)
+        clip = training.train_clip(world, seed=arguments.seed)
         save_clip(clip, arguments.output / "clip", half=True)
     if arguments.only != "clip":
         vae = training.train_vae(world, seed=arguments.seed)

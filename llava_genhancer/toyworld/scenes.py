@@ -200,7 +200,7 @@ def pair(pattern: Pattern, rng: Random, split: str = "train") -> tuple[Scene, st
         first = sample_scene(rng, split)
         detail = rng.choice(pattern.details)
         value = rng.choice([value for value in DETAILS[detail] if value != getattr(first, detail)])
-        second = replace(first, **{detail: value})
+        second = replace(first, **{detail: value})  # type: ignore[arg-type]
         if second.split() == split:
             return first, statement(first, detail), second, statement(second, detail)
 

@@ -27,7 +27,7 @@ def world_words() -> Counter[str]:
 def learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
     """Byte-pair merges, the most frequent pair first (ties in alphabetical order), until every word is one token."""
     spelled = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, pieces in spelled.items():

@@ -57,7 +57,7 @@ def train_clip(
     pool: Pool,
     *,
     seed: int,
-    steps: int = 1500,
+    steps: int = 550,
     batch_size: int = 128,
     learning_rate: float = 1e-3,
     detail_probability: float = DETAIL_PROBABILITY,
@@ -69,7 +69,7 @@ def train_clip(
     rng = Random(seed)
     model = CLIPModel(models.build_clip_config(len(tokenizer)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.1)
-    schedule = _schedule(optimizer, steps, warmup=steps // 10)
+    schedule = _schedule(optimizer, steps, warmup=max(1, steps // 10))
     start, mean_loss = time.perf_counter(), 0.0
     for step in range(steps):
         chosen = [rng.randrange(len(pool.scenes)) for _ in range(batch_size)]

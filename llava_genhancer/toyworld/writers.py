@@ -21,7 +21,7 @@ from llava_genhancer.toyworld.paths import cache_folder, resolve
 
 logger = logging.getLogger(__name__)
 
-DETAIL_PROBABILITY = 0.08
+DETAIL_PROBABILITY = 0.15
 TRAIN_IMAGES = 8192
 PAIRS_PER_PATTERN = 15
 IMAGE_FOLDER = "MLLM_VLM Images"
@@ -85,7 +85,7 @@ def write_mmvp(folder: str | Path, split: str, seed: int, pairs_per_pattern: int
     folder.mkdir(parents=True, exist_ok=True)
     rng = Random(seed)
     seen: set[str] = set()
-    rows = []
+    rows: list[tuple[int, str, str]] = []
     for pattern in scenes.PATTERNS:
         images = folder / IMAGE_FOLDER / pattern.type
         images.mkdir(parents=True, exist_ok=True)
