@@ -380,17 +380,17 @@ def memory(
     frozen = engine_parameters(recipe, stage, backbone, vae) - trained
     batch = recipe.per_device_batch_size
     level, half = zero.stage, recipe.precision == "bf16"
+    weights = gradients = optimizer = rest = buffers = 0.0
     if level is None:
-        weights, gradients, optimizer = 4 * trained, 4 * trained, 8 * trained
+        weights, gradients, optimizer, rest = 4.0 * trained, 4.0 * trained, 8.0 * trained, 4.0 * frozen
         # Autocast keeps a bf16 copy of each weight for the backward pass; DDP a bucket for each gradient.
-        buffers = (2 * (trained + frozen) if half else 0) + (4 * trained if ranks > 1 else 0)
-        rest = 4 * frozen
+        buffers = (2.0 * (trained + frozen) if half else 0) + (4.0 * trained if ranks > 1 else 0)
     else:
         width = 2 if half else 4
         sharded = [ranks if level >= at else 1 for at in (3, 2, 1)]
         weights, gradients, optimizer = (n * trained / s for n, s in zip((width, width, 12), sharded, strict=True))
         rest = width * frozen / sharded[0]
-        buffers = 2 * width * min(zero.bucket, trained)
+        buffers = 2.0 * width * min(zero.bucket, trained)
         if level >= 3:
             buffers += width * min(zero.live_parameters, trained + frozen)
     size = recipe.image_size or backbone.image_size
@@ -400,9 +400,9 @@ def memory(
     activations = max(encoding, activation_bytes(recipe, stage, backbone, vae, engine=level is not None))
     host: dict[str, float] = {}
     if zero.offload_optimizer and level:
-        host["optimizer"], optimizer = optimizer, 0
+        host["optimizer"], optimizer = optimizer, 0.0
     if zero.offload_parameters and level == 3:
-        host["weights"], weights, rest = weights + rest, 0, 0
+        host["weights"], weights, rest = weights + rest, 0.0, 0.0
     device = {
         "weights": weights,
         "gradients": gradients,
