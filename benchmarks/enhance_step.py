@@ -189,6 +189,8 @@ def measure_stage(
 
     stream = images_of(recipe, folder, size, device)
     images = next(stream)
+    for _ in range(warmup):  # allocators reach their steady state, else the first part pays for all of them
+        step(images)
     latents = target.encode(images)
     eye_learns = any(p.requires_grad for p in enhancer.backbone.parameters())
     with autocast(), torch.no_grad():

@@ -144,14 +144,19 @@ def _versions(recipe: Recipe, deepspeed: str | None) -> Iterator[Finding]:
         wanted["datasets"] = SOMETIMES["datasets"]
     if "siglip" in recipe.backbone.lower():
         wanted["sentencepiece"] = SOMETIMES["sentencepiece"]
+    lines = []
     for package, least in wanted.items():
         found = _version(package)
         if found is None:
-            yield Finding(PROBLEM, package, "not installed", INSTALL)
+            lines.append(Finding(PROBLEM, package, "not installed"))
         elif _older(found, least):
-            yield Finding(PROBLEM, package, f"{found}, needed {least} or newer", INSTALL)
+            lines.append(Finding(PROBLEM, package, f"{found}, needed {least} or newer"))
         else:
-            yield Finding(OK, package, found)
+            lines.append(Finding(OK, package, found))
+    bad = [i for i, line in enumerate(lines) if line.status == PROBLEM]
+    if bad:  # one command mends them all
+        lines[bad[-1]] = replace(lines[bad[-1]], todo=INSTALL)
+    yield from lines
 
 
 def _deepspeed(path: str | None) -> tuple[Zero, list[Finding]]:
