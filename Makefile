@@ -1,0 +1,76 @@
+# Everything a person runs here. Each target starts from a bare clone: it installs first where that is missing.
+#
+#   make install   .venv with everything (Python 3.11 or newer; PYTHON=... chooses one)
+#   make demo      enhance the tiny CLIP, measure it, report: no download, minutes on a CPU
+#   make test      the tests; make check: format, lint, types
+#   make help      the rest
+
+SHELL := bash
+.DEFAULT_GOAL := help
+VENV := .venv
+COMPAT := .venv-compat
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRAS := train,eval,dev
+ARGS ?=
+CODE := llava_genhancer tests benchmarks setup.py
+# The environment's tools first on PATH: DeepSpeed looks for ninja there.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help install demo test test-slow test-compat check format bench lock clean
+
+help:
+	@sed -n 's/^##  *//p' $(MAKEFILE_LIST)
+
+##  make install      .venv with everything
+install: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt scripts/make_venv.sh
+	@bash scripts/make_venv.sh $(VENV)
+	@echo "installing (about 7 GB, mostly torch) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@$(BIN)/python -m pip check
+	@touch $@
+
+##  make demo         the whole chain in the toy world (RUN=runs/tiny)
+RUN ?= runs/tiny
+demo: $(STAMP)
+	@bash scripts/enhance_then_llava.sh tiny --output_dir $(RUN) $(ARGS)
+	@echo "Open $(RUN)/report.md; its pictures are in $(RUN)/figures/."
+
+##  make test         the tests (ARGS="-k words" for some of them)
+test: $(STAMP)
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+##  make test-slow    the tests that take longer
+test-slow: $(STAMP)
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+##  make test-compat  towers load in the environment of the original LLaVA (transformers 4.37.2)
+test-compat: $(STAMP)
+	@bash scripts/compat_env.sh $(COMPAT) $(VENV)
+	@bash tests/compat/run.sh $(BIN)/python $(COMPAT)/bin/python
+
+##  make check        format, lint, types
+check: $(STAMP)
+	@$(BIN)/ruff format --check $(CODE)
+	@$(BIN)/ruff check $(CODE)
+	@$(BIN)/mypy
+
+##  make format       put the code into the house's format
+format: $(STAMP)
+	@$(BIN)/ruff format $(CODE)
+	@$(BIN)/ruff check --fix $(CODE)
+
+##  make bench        where a training step's time goes (ARGS="--size full" on a GPU)
+bench: $(STAMP)
+	@$(BIN)/python benchmarks/enhance_step.py $(or $(ARGS),--size tiny)
+
+##  make lock         write constraints.txt anew: the newest versions that pyproject.toml allows
+lock:
+	@bash scripts/lock.sh '$(EXTRAS)'
+
+##  make clean        remove what was built and measured, environments aside
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find llava_genhancer tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
