@@ -49,7 +49,7 @@ test-slow: $(STAMP)
 ##  make test-compat  towers load in the environment of the original LLaVA (transformers 4.37.2)
 test-compat: $(STAMP)
 	@bash scripts/compat_env.sh $(COMPAT) $(VENV)
-	@bash tests/compat/run.sh $(BIN)/python $(COMPAT)/bin/python
+	@LLAVA_GENHANCER_COMPAT_PYTHON=$(CURDIR)/$(COMPAT)/bin/python $(BIN)/python -m pytest tests/compat $(ARGS)
 
 ##  make check        format, lint, types
 check: $(STAMP)
