@@ -24,6 +24,7 @@ help:
 
 ##  make install      .venv with everything
 install: $(STAMP)
+	@echo "$(VENV) is ready; next: make demo"
 
 $(STAMP): pyproject.toml setup.py constraints.txt scripts/make_venv.sh
 	@bash scripts/make_venv.sh $(VENV)
@@ -36,7 +37,6 @@ $(STAMP): pyproject.toml setup.py constraints.txt scripts/make_venv.sh
 RUN ?= runs/tiny
 demo: $(STAMP)
 	@bash scripts/enhance_then_llava.sh tiny --output_dir $(RUN) $(ARGS)
-	@echo "Open $(RUN)/report.md; its pictures are in $(RUN)/figures/."
 
 ##  make test         the tests (ARGS="-k words" for some of them)
 test: $(STAMP)
@@ -44,7 +44,7 @@ test: $(STAMP)
 
 ##  make test-slow    the tests that take longer
 test-slow: $(STAMP)
-	@$(BIN)/python -m pytest -m slow $(ARGS)
+	@$(BIN)/python -m pytest -m slow $(ARGS) || [ $$? -eq 5 ] # 5: there is none yet
 
 ##  make test-compat  towers load in the environment of the original LLaVA (transformers 4.37.2)
 test-compat: $(STAMP)
