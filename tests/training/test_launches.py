@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from llava_genhancer.resources import resource_dir
 from safetensors.torch import load_file
 
 from llava_genhancer import run
+from llava_genhancer.resources import resource_dir
 
 pytestmark = pytest.mark.launch
 BIN = Path(sys.executable).parent
