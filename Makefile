@@ -46,7 +46,7 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	@$(BIN)/python -m pytest -m slow $(ARGS) || [ $$? -eq 5 ] # 5: there is none yet
 
-##  make test-compat  towers load in the environment of the original LLaVA (transformers 4.37.2)
+##  make test-compat  towers inside the original LLaVA (llava-torch, transformers 4.37.2): load, train, generate
 test-compat: $(STAMP)
 	@bash scripts/compat_env.sh $(COMPAT) $(VENV)
 	@LLAVA_GENHANCER_COMPAT_PYTHON=$(CURDIR)/$(COMPAT)/bin/python $(BIN)/python -m pytest tests/compat $(ARGS)

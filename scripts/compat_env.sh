@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes an environment with the versions that the original LLaVA (v1.2.2) pins. Its torch is the main environment's
-# where both have the same Python (links, no copy), and its own otherwise.
+# Makes an environment of the original LLaVA (v1.2.2): the package llava-torch and the versions it was run with. Its
+# torch is the main environment's where both have the same Python (links, no copy), and its own otherwise.
 #
 #   bash scripts/compat_env.sh FOLDER MAIN_VENV
 #
@@ -8,9 +8,15 @@
 set -euo pipefail
 
 venv=${1:?usage: compat_env.sh FOLDER MAIN_VENV} main=${2:?usage: compat_env.sh FOLDER MAIN_VENV}
-pins=(transformers==4.37.2 tokenizers==0.15.1 accelerate==0.28.0 'numpy<2' 'pillow<12' sentencepiece)
+pins=(
+  transformers==4.37.2 tokenizers==0.15.1 accelerate==0.28.0 deepspeed==0.19.8 peft==0.10.0
+  'numpy<2' 'pillow<12' 'protobuf<5' sentencepiece einops requests
+)
+# Without its own requirements: they pin torch 2.1.2 and bring a web server along.
+llava=llava-torch==1.2.2.post1
 stamp=$venv/.installed
-if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "${pins[*]}" ] && "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+wanted="${pins[*]} $llava"
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && "$venv/bin/python" -c 'import torch' 2>/dev/null; then
   exit 0
 fi
 
@@ -27,7 +33,7 @@ if [ -z "$python" ]; then
   exit 1
 fi
 
-echo "making $venv with ${pins[0]} ..."
+echo "making $venv with $llava and ${pins[0]} ..."
 "$python" -m venv --clear "$venv"
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 torch=()
@@ -43,6 +49,12 @@ if [ "$(version_of "$python")" = "$(version_of "$main/bin/python")" ]; then
 else
   torch=(torch)
 fi
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${pins[@]}" ${torch[@]+"${torch[@]}"}
-"$venv/bin/python" -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
-printf '%s\n' "${pins[*]}" >"$stamp"
+install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
+install "${pins[@]}" ${torch[@]+"${torch[@]}"}
+install --no-deps "$llava"
+HF_HUB_OFFLINE=1 "$venv/bin/python" - <<'EOF'
+import torch, transformers
+import llava.mm_utils, llava.model.builder, llava.train.train
+print("torch", torch.__version__, "transformers", transformers.__version__, "and llava.train.train are there")
+EOF
+printf '%s\n' "$wanted" >"$stamp"
