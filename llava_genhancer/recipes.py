@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 from llava_genhancer.errors import InputError
 
 T = TypeVar("T")
+R = TypeVar("R")  # a recipe class: Recipe here, LlavaRecipe in llava/recipes.py
 PARTS = ("backbone", "projector", "denoiser")
 
 
@@ -254,24 +255,24 @@ def field_types(cls: type) -> dict[str, Any]:
     return flat
 
 
-def field_help() -> dict[str, str]:
-    """The sentence behind every dotted field name."""
+def field_help(cls: type = Recipe) -> dict[str, str]:
+    """The sentence behind every dotted field name of a recipe class."""
     texts: dict[str, str] = {}
-    for f in dataclasses.fields(Recipe):
-        if f.name in ("stage1", "stage2"):
-            texts.update({f"{f.name}.{g.name}": g.metadata["help"] for g in dataclasses.fields(StageRecipe)})
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(f.default):
+            texts.update({f"{f.name}.{inner}": text for inner, text in field_help(type(f.default)).items()})
         else:
             texts[f.name] = f.metadata["help"]
     return texts
 
 
-def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+def override(recipe: R, changes: Mapping[str, Any]) -> R:
     """A copy of ``recipe`` with fields changed by dotted name; strings are parsed by the field's type.
 
     Raises:
         InputError: unknown field (with a suggestion) or a value that does not fit.
     """
-    known = field_types(Recipe)
+    known = field_types(type(recipe))
     top: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
@@ -287,13 +288,13 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
             top[name] = parsed
     for stage, fields in nested.items():
         top[stage] = dataclasses.replace(getattr(recipe, stage), **fields)
-    return dataclasses.replace(recipe, **top)
+    return typing.cast(R, dataclasses.replace(typing.cast(Any, recipe), **top))
 
 
-def to_dict(recipe: Recipe) -> dict[str, Any]:
+def to_dict(recipe: Any) -> dict[str, Any]:
     """Plain JSON types, dotted names flattened, in field order."""
     flat = {}
-    for name in field_types(Recipe):
+    for name in field_types(type(recipe)):
         value: Any = recipe
         for part in name.split("."):
             value = getattr(value, part)
@@ -301,12 +302,16 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     return flat
 
 
-def from_dict(values: Mapping[str, Any]) -> Recipe:
+@typing.overload
+def from_dict(values: Mapping[str, Any]) -> Recipe: ...
+@typing.overload
+def from_dict(values: Mapping[str, Any], cls: type[R]) -> R: ...
+def from_dict(values: Mapping[str, Any], cls: type = Recipe) -> Any:
     """The inverse of :func:`to_dict`; unknown keys are errors, absent ones take the default."""
-    return override(Recipe(), values)
+    return override(cls(), values)
 
 
-def differences(ours: Recipe, theirs: Recipe, ignore: tuple[str, ...] = ()) -> list[str]:
+def differences(ours: R, theirs: R, ignore: tuple[str, ...] = ()) -> list[str]:
     """One line per field that differs, ``name: theirs -> ours``."""
     a, b = to_dict(theirs), to_dict(ours)
     return [f"{k}: {json.dumps(a[k])} -> {json.dumps(b[k])}" for k in b if k not in ignore and a[k] != b[k]]

@@ -19,13 +19,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from llava_genhancer import __version__
 from llava_genhancer.errors import InputError
-from llava_genhancer.recipes import Recipe, differences, from_dict, to_dict
+from llava_genhancer.recipes import R, Recipe, differences, from_dict, to_dict
 
 MANIFEST = "manifest.json"
 MARKER = "complete.json"
@@ -171,8 +172,19 @@ def git_revision() -> str | None:
     return commit.stdout.strip() + ("+dirty" if status.stdout.strip() else "")
 
 
-def open_run(run_dir: str | os.PathLike, recipe: Recipe, **facts: Any) -> None:
+def open_run(
+    run_dir: str | os.PathLike,
+    recipe: Any,
+    *,
+    ignore: tuple[str, ...] = (*HARMLESS_FIELDS, *EXPORT_FIELDS),
+    **facts: Any,
+) -> None:
     """Create or re-open a run folder for ``recipe`` (call on rank 0).
+
+    Args:
+        recipe: of any recipe class.
+        ignore: fields that may differ from the folder's recipe.
+        facts: kept in the manifest beside it.
 
     Raises:
         InputError: the folder belongs to a run of another recipe (the differing fields are named), holds something
@@ -181,7 +193,7 @@ def open_run(run_dir: str | os.PathLike, recipe: Recipe, **facts: Any) -> None:
     run_dir = Path(run_dir)
     manifest = run_dir / MANIFEST
     if manifest.exists():
-        changed = differences(recipe, recipe_of(run_dir), ignore=(*HARMLESS_FIELDS, *EXPORT_FIELDS))
+        changed = differences(recipe, recipe_of(run_dir, type(recipe)), ignore=ignore)
         if changed:
             raise InputError(
                 f"{run_dir} holds a run of another recipe ({'; '.join(changed)}): choose another --output_dir, "
@@ -208,14 +220,18 @@ def open_run(run_dir: str | os.PathLike, recipe: Recipe, **facts: Any) -> None:
         raise InputError(f"{run_dir} cannot be written: {error.strerror or error}") from None
 
 
-def recipe_of(run_dir: str | os.PathLike) -> Recipe:
-    """The recipe in a run folder's manifest, or in a manifest file."""
+@typing.overload
+def recipe_of(run_dir: str | os.PathLike) -> Recipe: ...
+@typing.overload
+def recipe_of(run_dir: str | os.PathLike, cls: type[R]) -> R: ...
+def recipe_of(run_dir: str | os.PathLike, cls: type = Recipe) -> Any:
+    """The recipe, of class ``cls``, in a run folder's manifest, or in a manifest file."""
     path = Path(run_dir)
     path = path / MANIFEST if path.is_dir() else path
     manifest = read_json(path)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("recipe"), dict):
         raise InputError(f"{path} is not a run's manifest: it has no 'recipe'")
-    return from_dict(manifest["recipe"])
+    return from_dict(manifest["recipe"], cls)
 
 
 @contextlib.contextmanager
