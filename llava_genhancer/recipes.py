@@ -240,7 +240,7 @@ def get_recipe(name: str) -> Recipe:
     for suffix in PARADIGM_SUFFIXES:
         base = base.removesuffix(suffix)
     if base not in RECIPES:
-        raise InputError(f"unknown recipe '{name}'{_suggest(base, RECIPES)}; known: {', '.join(RECIPES)}")
+        raise InputError(f"unknown recipe '{name}'{suggest(base, RECIPES)}; known: {', '.join(RECIPES)}")
     return RECIPES[base]()
 
 
@@ -278,7 +278,7 @@ def override(recipe: R, changes: Mapping[str, Any]) -> R:
     for name, value in changes.items():
         if name not in known:
             raise InputError(
-                f"unknown recipe field '{name}'{_suggest(name, known)}; `llava-genhancer recipes` lists all"
+                f"unknown recipe field '{name}'{suggest(name, known)}; `llava-genhancer recipes` lists all"
             )
         parsed = _parse(name, value, known[name])
         stage, _, inner = name.rpartition(".")
@@ -317,7 +317,8 @@ def differences(ours: R, theirs: R, ignore: tuple[str, ...] = ()) -> list[str]:
     return [f"{k}: {json.dumps(a[k])} -> {json.dumps(b[k])}" for k in b if k not in ignore and a[k] != b[k]]
 
 
-def _suggest(name: str, known: typing.Iterable[str]) -> str:
+def suggest(name: str, known: typing.Iterable[str]) -> str:
+    """``, did you mean 'NEAREST'?`` for an unknown name, or nothing."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f", did you mean '{near[0]}'?" if near else ""
 
