@@ -10,12 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
+from llava_genhancer.engine import load_trained
 from llava_genhancer.enhance.backbones import add_lora, trainable_backbone_names
 from llava_genhancer.enhance.enhancer import Enhancer, build_enhancer
 from llava_genhancer.enhance.targets import VaeTarget
-from llava_genhancer.errors import InputError
 from llava_genhancer.recipes import Recipe, StageRecipe
 
 WEIGHTS = "weights.safetensors"
@@ -66,24 +65,3 @@ def build_stage(recipe: Recipe, stage: int, target: VaeTarget, results: Iterable
 def _trains(recipe: Recipe, stage: int) -> tuple[str, ...]:
     table = stage_recipe(recipe, stage)
     return table.trains if table.max_steps > 0 else ()
-
-
-def load_trained(enhancer: torch.nn.Module, file: Path) -> None:
-    """Load a stage's trained weights; every tensor must have its place and shape.
-
-    Raises:
-        InputError: missing or foreign file.
-    """
-    try:
-        state = load_file(file)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{file} cannot be read ({error}): run the stage before this one again") from None
-    except Exception as error:  # safetensors raises its own type for a damaged header
-        raise InputError(f"{file} is damaged ({error}): run the stage before this one again") from None
-    parameters = dict(enhancer.named_parameters())
-    for name, value in state.items():
-        if name not in parameters or parameters[name].shape != value.shape:
-            raise InputError(f"{file} was trained with another recipe: {name} {tuple(value.shape)} has no place here")
-    with torch.no_grad():
-        for name, value in state.items():
-            parameters[name].copy_(value)

@@ -5,10 +5,8 @@ RUN/manifest.json -> RUN/stage1/ -> RUN/stage2/ -> RUN/tower/
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
-from llava_genhancer import run
+from llava_genhancer import engine, run
 from llava_genhancer.data.images import Source, open_source
 from llava_genhancer.data.loader import build_loader
 from llava_genhancer.data.views import TrainView
@@ -31,7 +28,7 @@ from llava_genhancer.enhance.stages import WEIGHTS, build_stage, stage_recipe
 from llava_genhancer.enhance.targets import VaeTarget, check_vae, load_vae_target
 from llava_genhancer.errors import InputError
 from llava_genhancer.recipes import Recipe
-from llava_genhancer.trainer import FINAL_FILE, ExactTrainer
+from llava_genhancer.trainer import ExactTrainer
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +60,7 @@ def enhance(
     rank = int(os.environ.get("RANK", "0"))
     if recipe.data is None:
         raise InputError("no images given: add --data PATH (tar shards, image folder, HF dataset or LLaVA JSON)")
-    if deepspeed is not None and not Path(deepspeed).is_file():
-        raise InputError(f"--deepspeed {deepspeed} does not exist; configs/deepspeed/ has zero1, zero2, zero3")
+    engine.check_deepspeed(deepspeed)
     check_backbone(recipe.backbone)
     check_vae(recipe.vae)
     source = open_source(recipe.data, image_folder=recipe.image_folder)
@@ -77,7 +73,7 @@ def enhance(
             return run_dir / f"stage{max(stages)}"
         if rank == 0:
             export_tower(run_dir, run_dir / "tower", recipe)
-        _barrier()
+        engine.barrier()
     return run_dir / "tower"
 
 
@@ -85,12 +81,12 @@ def train_stage(recipe: Recipe, stage: int, run_dir: Path, source: Source, deeps
     """Train one stage to its end, or recognise that it is finished."""
     table = stage_recipe(recipe, stage)
     stage_dir = run_dir / f"stage{stage}"
-    if table.max_steps == 0 or stage_result(stage_dir) is not None:
+    if table.max_steps == 0 or engine.stage_result(stage_dir) is not None:
         log.info("stage %d: %s", stage, "nothing to do" if table.max_steps == 0 else "finished before, skipped")
         return
     earlier = [run_dir / f"stage{s}" for s in range(1, stage) if stage_recipe(recipe, s).max_steps > 0]
     for folder in earlier:
-        if stage_result(folder) is None:
+        if engine.stage_result(folder) is None:
             raise InputError(f"stage {stage} builds on {folder.name}, which is not finished in {run_dir}: run it first")
 
     started = time.time()
@@ -98,7 +94,7 @@ def train_stage(recipe: Recipe, stage: int, run_dir: Path, source: Source, deeps
     target = load_vae_target(recipe.vae, dtype=getattr(torch, recipe.vae_dtype), posterior=recipe.vae_posterior).to(
         args.device
     )
-    with _without_zero_init(args):
+    with engine.without_zero_init(args):
         enhancer = build_stage(recipe, stage, target, [folder / WEIGHTS for folder in earlier])
     view = TrainView(enhancer.backbone.image_size, scale=recipe.crop_scale, ratio=recipe.crop_ratio)
     loader = build_loader(
@@ -123,7 +119,7 @@ def train_stage(recipe: Recipe, stage: int, run_dir: Path, source: Source, deeps
             "world_size": args.world_size,
             "num_workers": recipe.num_workers,
             "per_device_batch_size": recipe.per_device_batch_size,
-            "deepspeed_stage": _zero_stage(args),
+            "deepspeed_stage": engine.zero_stage(args),
         },
         snapshot_steps=table.snapshot_steps,
         decay_all=recipe.decay_biases_and_norms,
@@ -132,14 +128,11 @@ def train_stage(recipe: Recipe, stage: int, run_dir: Path, source: Source, deeps
         images = _preview(source, recipe.sample_images, enhancer.backbone.image_size)
         trainer.add_callback(_Pictures(trainer, images, table.sample_steps))
     final = trainer.run()
-    finish_stage(trainer, stage, final, time.time() - started)
+    engine.finish_stage(trainer, final, time.time() - started, stage=stage)
     # Let a second stage start from an empty device.
     trainer.accelerator.free_memory()
     del trainer, enhancer, target, loader
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    _forget_accelerate()
+    engine.forget()
 
 
 class EnhanceTrainer(ExactTrainer):
@@ -214,162 +207,23 @@ def training_arguments(recipe: Recipe, stage: int, stage_dir: Path, deepspeed: s
         InputError: the global batch does not divide over ranks and micro-batches, or the JSON is not usable.
     """
     table = stage_recipe(recipe, stage)
-    on_cpu = not torch.cuda.is_available()
-    if deepspeed is not None and on_cpu:
-        _prepare_deepspeed_on_cpu()
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = recipe.per_device_batch_size * world
-    if recipe.global_batch_size % micro:
-        raise InputError(
-            f"global_batch_size={recipe.global_batch_size} is not a multiple of {world} ranks x "
-            f"per_device_batch_size={recipe.per_device_batch_size}: change one of them"
-        )
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage_dir / "tensorboard")
-    try:
-        args = TrainingArguments(
-            output_dir=str(stage_dir),
-            max_steps=table.max_steps,
-            learning_rate=table.learning_rate,
-            lr_scheduler_type="constant_with_warmup" if table.lr_scheduler == "constant" else "cosine",
-            warmup_steps=table.warmup_steps,
-            per_device_train_batch_size=recipe.per_device_batch_size,
-            gradient_accumulation_steps=recipe.global_batch_size // micro,
-            optim="adamw_torch",
-            adam_beta1=recipe.adam_beta1,
-            adam_beta2=recipe.adam_beta2,
-            adam_epsilon=recipe.adam_epsilon,
-            weight_decay=recipe.weight_decay,
-            max_grad_norm=recipe.max_grad_norm,
-            bf16=recipe.precision == "bf16",
-            use_cpu=on_cpu,
-            ddp_backend="gloo" if on_cpu and world > 1 else None,
-            ddp_find_unused_parameters=recipe.lora_scope == "all",
-            deepspeed=deepspeed,
-            seed=recipe.seed,
-            logging_steps=table.log_steps,
-            logging_first_step=True,
-            logging_nan_inf_filter=False,
-            save_strategy="steps",
-            save_steps=table.save_steps,
-            ignore_data_skip=True,
-            remove_unused_columns=False,
-            average_tokens_across_devices=False,
-            report_to=["tensorboard"],
-            disable_tqdm=True,
-        )
-        if deepspeed is not None and on_cpu:
-            import deepspeed as ds
-
-            ds.init_distributed(dist_backend="gloo")
-        return args
-    except (ValueError, OSError, KeyError) as error:
-        if deepspeed is None:
-            raise
-        raise InputError(f"--deepspeed {deepspeed}: {str(error).splitlines()[0]}") from None
-
-
-def stage_result(stage_dir: Path) -> dict[str, Any] | None:
-    """The facts of a finished stage, or None."""
-    path = stage_dir / "result.json"
-    if not path.exists():
-        return None
-    result = run.read_json(path)
-    weights = stage_dir / WEIGHTS
-    if not weights.is_file() or weights.stat().st_size != result["weights_bytes"]:
-        return None
-    return result
-
-
-def finish_stage(trainer: EnhanceTrainer, stage: int, final: Path, seconds: float) -> None:
-    """Gather the data report, put the weights in place, and write ``result.json`` last."""
-    reports: list[Any] = [trainer.loader.report().to_dict()]
-    if trainer.cpu_group is not None:
-        reports = [None] * trainer.world_size
-        dist.all_gather_object(reports, trainer.loader.report().to_dict(), group=trainer.cpu_group)
-    if trainer.rank == 0:
-        stage_dir = trainer.stage_dir
-        weights = stage_dir / WEIGHTS
-        weights.unlink(missing_ok=True)
-        try:
-            os.link(final / FINAL_FILE, weights)
-        except OSError:  # no hard links here
-            shutil.copyfile(final / FINAL_FILE, weights)
-        history = run.read_json(stage_dir / "log_history.json")
-        run.write_json(
-            stage_dir / "result.json",
-            {
-                "stage": stage,
-                "steps": trainer.args.max_steps,
-                "final_loss": history[-1]["loss"] if history else None,
-                "images_seen": trainer.args.max_steps
-                * trainer.args.train_batch_size
-                * trainer.args.gradient_accumulation_steps
-                * trainer.world_size,
-                "seconds": round(seconds, 1),
-                "trainable_parameters": sum(_numel(p) for p in trainer.model.parameters() if p.requires_grad),
-                "skipped": _add_reports(reports),
-                "weights_bytes": weights.stat().st_size,
-                "weights_sha256": run.sha256(weights),
-            },
-        )
-    trainer.barrier()
-
-
-def _numel(parameter: Any) -> int:
-    """ZeRO-3 leaves an empty tensor behind and keeps the true size beside it."""
-    return int(parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel())
-
-
-def _add_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    total: dict[str, Any] = {"read": 0, "skipped": 0, "by_reason": {}, "keys": []}
-    for report in reports:
-        total["read"] += report["read"]
-        total["skipped"] += report["skipped"]
-        for reason, count in report["by_reason"].items():
-            total["by_reason"][reason] = total["by_reason"].get(reason, 0) + count
-        total["keys"] += report["keys"]
-    return total
-
-
-def _zero_stage(args: TrainingArguments) -> int | None:
-    return int(args.hf_deepspeed_config._stage) if args.deepspeed else None
-
-
-def _prepare_deepspeed_on_cpu() -> None:
-    """Run without DeepSpeed's compiled shared-memory op: gloo does the same, and no compiler is needed."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-class _without_zero_init:  # noqa: N801 - a context manager
-    """Build the model whole even under ZeRO-3; DeepSpeed shards it afterwards (mixed parts break bf16)."""
-
-    def __init__(self, args: TrainingArguments):
-        self.config = args.hf_deepspeed_config if args.deepspeed else None
-
-    def __enter__(self) -> None:
-        if self.config is not None:
-            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-            unset_hf_deepspeed_config()
-
-    def __exit__(self, *exc: Any) -> None:
-        if self.config is not None:
-            from transformers.integrations.deepspeed import set_hf_deepspeed_config
-
-            set_hf_deepspeed_config(self.config)
-
-
-def _forget_accelerate() -> None:
-    """accelerate keeps one global plugin state; a second stage builds its own."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=False)
-    GradientState._reset_state()
-
-
-def _barrier() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
+    return engine.training_arguments(
+        stage_dir,
+        deepspeed,
+        global_batch_size=recipe.global_batch_size,
+        per_device_batch_size=recipe.per_device_batch_size,
+        max_steps=table.max_steps,
+        learning_rate=table.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if table.lr_scheduler == "constant" else "cosine",
+        warmup_steps=table.warmup_steps,
+        adam_beta1=recipe.adam_beta1,
+        adam_beta2=recipe.adam_beta2,
+        adam_epsilon=recipe.adam_epsilon,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=recipe.precision == "bf16",
+        ddp_find_unused_parameters=recipe.lora_scope == "all",
+        seed=recipe.seed,
+        logging_steps=table.log_steps,
+        save_steps=table.save_steps,
+    )

@@ -13,15 +13,10 @@ from pathlib import Path
 
 import torch
 
-from llava_genhancer import recipes
+from llava_genhancer import engine, recipes
 from llava_genhancer.enhance.stages import build_stage
 from llava_genhancer.enhance.targets import load_vae_target
-from llava_genhancer.enhance.train import (
-    EnhanceTrainer,
-    _forget_accelerate,
-    _without_zero_init,
-    training_arguments,
-)
+from llava_genhancer.enhance.train import EnhanceTrainer, training_arguments
 
 
 class FixedBatches:
@@ -67,7 +62,7 @@ def main(config: dict) -> None:
         for stage in (1, 2):
             args = training_arguments(recipe, stage, out / name / f"stage{stage}", deepspeed)
             target = load_vae_target(recipe.vae, posterior="mean")
-            with _without_zero_init(args):
+            with engine.without_zero_init(args):
                 enhancer = build_stage(recipe, stage, target, earlier)
             loader = FixedBatches(recipe, rank, world, enhancer.denoiser.token_shape, enhancer.backbone.image_size)
             trainer = EnhanceTrainer(enhancer, args, loader, target=target, keep_checkpoints=2, facts={"world": world})
@@ -78,7 +73,7 @@ def main(config: dict) -> None:
                 losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
                 (out / f"{name}-stage{stage}.json").write_text(json.dumps(losses))
             trainer.barrier()
-            _forget_accelerate()
+            engine.forget()
 
 
 if __name__ == "__main__":

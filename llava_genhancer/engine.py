@@ -1,0 +1,226 @@
+"""What every training here shares around its Trainer: arguments, DeepSpeed's order of events, results, weights.
+
+:mod:`llava_genhancer.trainer` holds the Trainer itself; a training's own file says what is trained and on what.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import TrainingArguments
+
+from llava_genhancer import run
+from llava_genhancer.errors import InputError
+from llava_genhancer.trainer import FINAL_FILE, ExactTrainer
+
+
+def check_deepspeed(path: str | None) -> None:
+    """Refuse a DeepSpeed JSON that is not there.
+
+    Raises:
+        InputError: no such file.
+    """
+    if path is not None and not Path(path).is_file():
+        raise InputError(f"--deepspeed {path} does not exist; configs/deepspeed/ has zero1, zero2, zero3")
+
+
+def accumulation(global_batch_size: int, per_device_batch_size: int) -> int:
+    """Micro-batches per optimizer step on each rank of this launch.
+
+    Raises:
+        InputError: the global batch does not divide over ranks and micro-batches.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if global_batch_size % (per_device_batch_size * world):
+        raise InputError(
+            f"global_batch_size={global_batch_size} is not a multiple of {world} ranks x "
+            f"per_device_batch_size={per_device_batch_size}: change one of them"
+        )
+    return global_batch_size // (per_device_batch_size * world)
+
+
+def training_arguments(
+    stage_dir: Path, deepspeed: str | None, *, global_batch_size: int, per_device_batch_size: int, **fields: Any
+) -> TrainingArguments:
+    """What holds for every training, and ``fields`` on top. Building it joins the process group.
+
+    Raises:
+        InputError: the global batch does not divide over ranks and micro-batches, or the JSON is not usable.
+    """
+    on_cpu = not torch.cuda.is_available()
+    if deepspeed is not None and on_cpu:
+        _prepare_deepspeed_on_cpu()
+    steps = accumulation(global_batch_size, per_device_batch_size)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage_dir / "tensorboard")
+    try:
+        args = TrainingArguments(
+            output_dir=str(stage_dir),
+            per_device_train_batch_size=per_device_batch_size,
+            gradient_accumulation_steps=steps,
+            optim="adamw_torch",
+            use_cpu=on_cpu,
+            ddp_backend="gloo" if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
+            deepspeed=deepspeed,
+            logging_first_step=True,
+            logging_nan_inf_filter=False,
+            save_strategy="steps",
+            ignore_data_skip=True,
+            remove_unused_columns=False,
+            average_tokens_across_devices=False,
+            report_to=["tensorboard"],
+            disable_tqdm=True,
+            **fields,
+        )
+        if deepspeed is not None and on_cpu:
+            import deepspeed as ds
+
+            ds.init_distributed(dist_backend="gloo")
+        return args
+    except (ValueError, OSError, KeyError) as error:
+        if deepspeed is None:
+            raise
+        raise InputError(f"--deepspeed {deepspeed}: {str(error).splitlines()[0]}") from None
+
+
+def zero_stage(args: TrainingArguments) -> int | None:
+    """The ZeRO stage in use, None without DeepSpeed."""
+    return int(args.hf_deepspeed_config._stage) if args.deepspeed else None
+
+
+def _prepare_deepspeed_on_cpu() -> None:
+    """Run without DeepSpeed's compiled shared-memory op: gloo does the same, and no compiler is needed."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextmanager
+def without_zero_init(args: TrainingArguments) -> Iterator[None]:
+    """Build the model whole even under ZeRO-3; DeepSpeed shards it afterwards (mixed parts break bf16)."""
+    config = args.hf_deepspeed_config if args.deepspeed else None
+    if config is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
+
+
+def forget() -> None:
+    """Free memory and accelerate's one global plugin state, so that a second training can build its own."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    AcceleratorState._reset_state(reset_partial_state=False)
+    GradientState._reset_state()
+
+
+def barrier() -> None:
+    """Wait for all ranks, if there are several."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+# --- results ------------------------------------------------------------------------------------------------------
+
+
+def stage_result(stage_dir: Path) -> dict[str, Any] | None:
+    """The facts of a finished stage, or None."""
+    path = stage_dir / "result.json"
+    if not path.exists():
+        return None
+    result = run.read_json(path)
+    weights = stage_dir / FINAL_FILE
+    if not weights.is_file() or weights.stat().st_size != result["weights_bytes"]:
+        return None
+    return dict(result)
+
+
+def finish_stage(trainer: ExactTrainer, final: Path, seconds: float, **facts: Any) -> None:
+    """Gather the data report, put the weights in place, and write ``result.json`` last."""
+    reports: list[Any] = [trainer.loader.report().to_dict()]
+    if trainer.cpu_group is not None:
+        reports = [None] * trainer.world_size
+        dist.all_gather_object(reports, trainer.loader.report().to_dict(), group=trainer.cpu_group)
+    if trainer.rank == 0:
+        stage_dir = trainer.stage_dir
+        weights = stage_dir / FINAL_FILE
+        weights.unlink(missing_ok=True)
+        try:
+            os.link(final / FINAL_FILE, weights)
+        except OSError:  # no hard links here
+            shutil.copyfile(final / FINAL_FILE, weights)
+        history = run.read_json(stage_dir / "log_history.json")
+        run.write_json(
+            stage_dir / "result.json",
+            {
+                **facts,
+                "steps": trainer.args.max_steps,
+                "final_loss": history[-1]["loss"] if history else None,
+                "images_seen": trainer.args.max_steps
+                * trainer.args.train_batch_size
+                * trainer.args.gradient_accumulation_steps
+                * trainer.world_size,
+                "seconds": round(seconds, 1),
+                "trainable_parameters": sum(_numel(p) for p in trainer.model.parameters() if p.requires_grad),
+                "skipped": _add_reports(reports),
+                "weights_bytes": weights.stat().st_size,
+                "weights_sha256": run.sha256(weights),
+            },
+        )
+    trainer.barrier()
+
+
+def _numel(parameter: Any) -> int:
+    """ZeRO-3 leaves an empty tensor behind and keeps the true size beside it."""
+    return int(parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel())
+
+
+def _add_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    total: dict[str, Any] = {"read": 0, "skipped": 0, "by_reason": {}, "keys": []}
+    for report in reports:
+        total["read"] += report["read"]
+        total["skipped"] += report["skipped"]
+        for reason, count in report["by_reason"].items():
+            total["by_reason"][reason] = total["by_reason"].get(reason, 0) + count
+        total["keys"] += report["keys"]
+    return total
+
+
+def load_trained(model: nn.Module, file: Path) -> None:
+    """Load a stage's trained weights into ``model``; every tensor must have its place and shape.
+
+    Raises:
+        InputError: missing or foreign file.
+    """
+    try:
+        state = load_file(file)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{file} cannot be read ({error}): run the stage before this one again") from None
+    except SafetensorError as error:
+        raise InputError(f"{file} is damaged ({error}): run the stage before this one again") from None
+    parameters = dict(model.named_parameters())
+    for name, value in state.items():
+        if name not in parameters or parameters[name].shape != value.shape:
+            raise InputError(f"{file} was trained with another recipe: {name} {tuple(value.shape)} has no place here")
+    with torch.no_grad():
+        for name, value in state.items():
+            parameters[name].copy_(value)
