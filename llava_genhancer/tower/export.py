@@ -66,7 +66,7 @@ def save_tower(model: Any, output_dir: str | os.PathLike, *, source: str, marker
 def _copy_companions(source: str, folder: Path) -> None:
     """Processor and tokenizer files, verbatim: re-saving them with a new transformers can lose an old reader."""
     for name in (*PROCESSOR_FILES, *TOKENIZER_FILES):
-        found = _find(source, name)
+        found = find_file(source, name)
         if found:
             shutil.copyfile(found, folder / name)
     if not (folder / "preprocessor_config.json").exists():  # saved by a processor class of transformers 5
@@ -80,7 +80,8 @@ def _copy_companions(source: str, folder: Path) -> None:
         raise InputError(f"{source} has no tokenizer to go with the tower: add its tokenizer files")
 
 
-def _find(source: str, name: str) -> str | None:
+def find_file(source: str, name: str) -> str | None:
+    """The path of a file of a folder or hub id, or None."""
     if os.path.isdir(source):
         path = os.path.join(source, name)
         return path if os.path.isfile(path) else None
