@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -76,8 +76,11 @@ def _run(argv: list[str]) -> int:
     # The deepspeed launcher puts --local_rank=N before everything else; the rank comes through the environment too.
     argv = [a for a in argv if not a.startswith("--local_rank=")]
     args, rest = parser.parse_known_args(argv)
-    if rest and not getattr(args, "takes_fields", False):
-        parser.error(f"unknown argument {rest[0]}; see `llava-genhancer {args.verb} --help`")
+    if rest:
+        name = rest[0].partition("=")[0]
+        if hasattr(args, "fields") and name.startswith("--"):
+            recipes.override(recipes.Recipe(), {name[2:]: ""})  # raises, with the nearest name
+        parser.error(f"unknown argument {name}; see `llava-genhancer {args.verb} --help`")
     level = logging.INFO if args.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr)
     if not args.verbose:
@@ -85,7 +88,9 @@ def _run(argv: list[str]) -> int:
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
         if not sys.stderr.isatty():
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    return int(args.run(args, rest) or 0)
+    status = int(args.run(args) or 0)
+    sys.stdout.flush()  # a reader that has gone shows here, not in the interpreter's last breath
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,9 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
 
-    def verb(
-        name: str, run: Callable[[Any, list[str]], int | None], help: str, **kwargs: Any
-    ) -> argparse.ArgumentParser:
+    def verb(name: str, run: Callable[[Any], int | None], help: str, **kwargs: Any) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=help, description=help, **kwargs)
         sub.add_argument("--verbose", action="store_true", help="say what is being done")
         sub.set_defaults(run=run)
@@ -106,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--deepspeed", metavar="JSON", help="predict memory under this ZeRO stage")
     sub.add_argument("--gpus", type=int, help="predict for this many GPUs (default: those found here)")
     sub.add_argument("--output_dir", metavar="RUN", default=".", help="where the run would go")
-    sub.set_defaults(takes_fields=True)
+    _add_fields(sub)
 
     sub = verb("recipes", _recipes, "List the recipes, or print every field of one.")
     sub.add_argument("recipe", nargs="?")
@@ -124,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output_dir", metavar="RUN", required=True, help="run folder, new or to go on with")
     sub.add_argument("--deepspeed", metavar="JSON", help="e.g. configs/deepspeed/zero2.json")
     sub.add_argument("--stage", type=int, choices=(1, 2), help="only this stage (default: both, then export)")
-    sub.set_defaults(takes_fields=True)
+    _add_fields(sub)
 
     sub = verb("export", _export, "Export a tower from a run, at another strength or from a snapshot.")
     sub.add_argument("run_dir", metavar="RUN")
@@ -147,32 +150,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--output_dir", metavar="RUN", default="runs/tiny")
     sub.add_argument("--seeds", type=int, default=1, help="repeat with this many seeds and report over them")
-    sub.set_defaults(takes_fields=True)
+    _add_fields(sub)
     return parser
 
 
-def _fields(rest: Sequence[str]) -> dict[str, str]:
-    """``--name value`` and ``--name=value`` pairs that argparse did not know, as recipe fields."""
-    fields: dict[str, str] = {}
-    known = recipes.field_types(recipes.Recipe)
-    i = 0
-    while i < len(rest):
-        if not rest[i].startswith("--"):
-            raise InputError(f"unexpected argument '{rest[i]}'; recipe fields are given as --name value")
-        name, equals, value = rest[i][2:].partition("=")
-        if not equals:
-            if name not in known:
-                recipes.override(recipes.Recipe(), {name: ""})  # raises, with the nearest name
-            if i + 1 >= len(rest):
-                raise InputError(f"--{name} needs a value")
-            value = rest[i + 1]
-            i += 1
-        fields[name] = value
-        i += 1
-    return fields
+class _Field(argparse.Action):
+    """Collects ``--name value`` in the dict ``fields``."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        namespace.fields = {**namespace.fields, self.metavar: values}
 
 
-def _recipe(name: str | None, config: str | None, rest: Sequence[str]) -> recipes.Recipe:
+def _add_fields(parser: argparse.ArgumentParser) -> None:
+    """Make every recipe field an option. (As unknown arguments, their values would be taken for the RECIPE.)"""
+    parser.set_defaults(fields={})
+    for name in recipes.field_types(recipes.Recipe):
+        parser.add_argument(
+            f"--{name}", metavar=name, dest="fields", action=_Field, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
+
+
+def _recipe(name: str | None, config: str | None, fields: Mapping[str, str]) -> recipes.Recipe:
     if (name is None) == (config is None):
         raise InputError(
             "give a recipe's name or --config manifest.json (one of them); `llava-genhancer recipes` lists"
@@ -180,9 +178,9 @@ def _recipe(name: str | None, config: str | None, rest: Sequence[str]) -> recipe
     if config is not None:
         from llava_genhancer.run import recipe_of
 
-        return recipes.override(recipe_of(config), _fields(rest))
+        return recipes.override(recipe_of(config), fields)
     assert name is not None
-    return recipes.override(recipes.get_recipe(name), _fields(rest))
+    return recipes.override(recipes.get_recipe(name), fields)
 
 
 def _with_toy_data(recipe: recipes.Recipe) -> recipes.Recipe:
@@ -194,13 +192,15 @@ def _with_toy_data(recipe: recipes.Recipe) -> recipes.Recipe:
     return recipe
 
 
-def _doctor(args: Any, rest: list[str]) -> int:
+def _doctor(args: Any) -> int:
     from llava_genhancer.doctor import examine
 
-    return examine(_recipe(args.recipe, None, rest), deepspeed=args.deepspeed, gpus=args.gpus, run_dir=args.output_dir)
+    return examine(
+        _recipe(args.recipe, None, args.fields), deepspeed=args.deepspeed, gpus=args.gpus, run_dir=args.output_dir
+    )
 
 
-def _recipes(args: Any, rest: list[str]) -> None:
+def _recipes(args: Any) -> None:
     if args.recipe is None:
         if args.json:
             print(json.dumps({n: recipes.to_dict(recipes.get_recipe(n)) for n in recipes.RECIPES}, indent=2))
@@ -219,8 +219,8 @@ def _recipes(args: Any, rest: list[str]) -> None:
         print(f"--{name} {shown}\n      {helps[name]}")
 
 
-def _enhance(args: Any, rest: list[str]) -> None:
-    recipe = _with_toy_data(_recipe(args.recipe, args.config, rest))
+def _enhance(args: Any) -> None:
+    recipe = _with_toy_data(_recipe(args.recipe, args.config, args.fields))
     from llava_genhancer.enhance.train import enhance
 
     stages = (1, 2) if args.stage is None else (args.stage,)
@@ -229,7 +229,7 @@ def _enhance(args: Any, rest: list[str]) -> None:
         print(f"done: {result}")
 
 
-def _export(args: Any, rest: list[str]) -> None:
+def _export(args: Any) -> None:
     from llava_genhancer.enhance.export import export_tower
     from llava_genhancer.run import recipe_of
 
@@ -239,19 +239,19 @@ def _export(args: Any, rest: list[str]) -> None:
     print(f"done: {export_tower(Path(args.run_dir), Path(args.output_dir), recipe, step=args.step)}")
 
 
-def _mmvp_vlm(args: Any, rest: list[str]) -> None:
+def _mmvp_vlm(args: Any) -> None:
     from llava_genhancer.evaluate.mmvp_vlm import run
 
     run(args.towers, args.data, output=args.output, batch_size=args.batch_size, device=args.device)
 
 
-def _report(args: Any, rest: list[str]) -> None:
+def _report(args: Any) -> None:
     from llava_genhancer.evaluate.report import write_report
 
     print(f"report: {write_report(args.run_dir)}")
 
 
-def _demo(args: Any, rest: list[str]) -> None:
+def _demo(args: Any) -> None:
     from llava_genhancer.demo import demo
 
-    demo(_with_toy_data(_recipe("tiny", None, rest)), Path(args.output_dir), seeds=args.seeds)
+    demo(_with_toy_data(_recipe("tiny", None, args.fields)), Path(args.output_dir), seeds=args.seeds)
