@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -56,6 +57,16 @@ class StageRecipe:
             raise InputError(f"learning_rate={self.learning_rate} must be positive")
 
 
+# What a field must be where its type alone says too little.
+POSITIVE_COUNTS = (
+    "global_batch_size", "per_device_batch_size", "sample_ode_steps", "shuffle_block", "denoiser_heads",
+    "denoiser_head_dim", "vec_dim", "txt_dim",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "num_workers", "lora_rank", "lora_alpha", "sample_images", "seed", "max_grad_norm", "weight_decay",
+    "denoiser_layers", "denoiser_single_layers",
+)  # fmt: skip
+MAX_SEED = 2**32 - 100  # numpy takes 32 bits, and the stages count on from it
 PAPER_SNAPSHOTS = (50, 100, 200, 300, 500, 1000, 2000, 3000, *range(3500, 10_001, 500))
 
 
@@ -171,16 +182,30 @@ class Recipe:
                 f"denoiser_rope_axes={self.denoiser_rope_axes} must be even and sum to "
                 f"denoiser_head_dim={self.denoiser_head_dim}"
             )
-        for name in ("global_batch_size", "per_device_batch_size", "sample_ode_steps"):
+        for name in POSITIVE_COUNTS:
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("num_workers", "lora_rank", "sample_images", "seed", "max_grad_norm", "weight_decay"):
+        for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise InputError(f"{name}={getattr(self, name)} must not be negative")
-        if not 0 <= self.lora_dropout < 1 or not 0 <= self.max_bad_fraction <= 1:
-            raise InputError("lora_dropout must lie in [0, 1) and max_bad_fraction in [0, 1]")
-        if self.t_scale <= 0:
-            raise InputError(f"t_scale={self.t_scale} must be positive")
+        for name in ("t_scale", "adam_epsilon"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name}={getattr(self, name)} must be positive")
+        for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise InputError(f"max_bad_fraction={self.max_bad_fraction} must lie in [0, 1]")
+        if self.image_size is not None and self.image_size < 1:
+            raise InputError(f"image_size={self.image_size} must be at least 1")
+        if self.seed > MAX_SEED:
+            raise InputError(f"seed={self.seed} must be at most {MAX_SEED}")
+        if self.denoiser_layers + self.denoiser_single_layers < 1:
+            raise InputError("denoiser_layers and denoiser_single_layers are both 0: the denoiser needs a block")
+        for name, top in (("crop_scale", 1.0), ("crop_ratio", float("inf"))):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= top:
+                raise InputError(f"{name}={low},{high} must rise from above 0{' to at most 1' if top == 1 else ''}")
 
 
 def _paper(name: str, backbone: str, **fields: Any) -> Callable[[], Recipe]:
@@ -287,7 +312,10 @@ def override(recipe: R, changes: Mapping[str, Any]) -> R:
         else:
             top[name] = parsed
     for stage, fields in nested.items():
-        top[stage] = dataclasses.replace(getattr(recipe, stage), **fields)
+        try:
+            top[stage] = dataclasses.replace(getattr(recipe, stage), **fields)
+        except InputError as error:
+            raise InputError(f"{stage}: {error}") from None
     return typing.cast(R, dataclasses.replace(typing.cast(Any, recipe), **top))
 
 
@@ -335,10 +363,14 @@ def _parse(name: str, value: Any, kind: Any) -> Any:
             raise InputError(f"{name}={value}: choose one of {', '.join(map(str, args))}")
         return value
     if origin is tuple:
-        items = [v for v in value.strip("()[]").split(",") if v.strip()] if isinstance(value, str) else list(value)
+        if isinstance(value, str):
+            value = [v for v in value.strip("()[]").split(",") if v.strip()]
+        if not isinstance(value, list | tuple):
+            raise InputError(f"{name}={value}: needs comma-separated values (in JSON, a list)")
+        items = list(value)
         inner = [args[0]] * len(items) if args[-1] is Ellipsis else list(args)
         if len(items) != len(inner):
-            raise InputError(f"{name}={value}: needs {len(inner)} comma-separated values")
+            raise InputError(f"{name}={','.join(map(str, items))}: needs {len(inner)} comma-separated values")
         return tuple(_parse(name, v.strip() if isinstance(v, str) else v, k) for v, k in zip(items, inner, strict=True))
     if kind is bool:
         words = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
@@ -346,11 +378,13 @@ def _parse(name: str, value: Any, kind: Any) -> Any:
             return value if isinstance(value, bool) else words[str(value).lower()]
         raise InputError(f"{name}={value}: say true or false")
     try:
-        if kind is int and (isinstance(value, bool) or (isinstance(value, float) and value != int(value))):
+        if isinstance(value, bool) or (kind is str and not isinstance(value, str)):
             raise ValueError
-        number = kind(value)
-        if isinstance(number, float) and number != number:
+        if kind is int and isinstance(value, float) and value != int(value):
             raise ValueError
-        return number
-    except (TypeError, ValueError):
+        parsed = kind(value)
+        if kind is float and not math.isfinite(parsed):
+            raise ValueError
+        return parsed
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"{name}={value}: needs a value of type {kind.__name__}") from None

@@ -115,7 +115,7 @@ def complete_facts(folder: str | os.PathLike, *, verify: bool) -> dict[str, Any]
             if path.stat().st_size != expected["bytes"] or (verify and sha256(path) != expected["sha256"]):
                 return None
         return dict(marker["facts"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a marker may hold anything after a crash
         return None
 
 
@@ -250,6 +250,8 @@ def exclusive(run_dir: str | os.PathLike) -> Iterator[None]:
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise InputError(f"{run_dir} is in use by another process: wait for it, or choose another folder") from None
+        except OSError as error:
+            raise InputError(f"{run_dir} cannot be locked: {error.strerror or error}") from None
         yield
