@@ -64,24 +64,26 @@ def training_arguments(
     steps = accumulation(global_batch_size, per_device_batch_size)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage_dir / "tensorboard")
     try:
-        args = TrainingArguments(
-            output_dir=str(stage_dir),
-            per_device_train_batch_size=per_device_batch_size,
-            gradient_accumulation_steps=steps,
-            optim="adamw_torch",
-            use_cpu=on_cpu,
-            ddp_backend="gloo" if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
-            deepspeed=deepspeed,
-            logging_first_step=True,
-            logging_nan_inf_filter=False,
-            save_strategy="steps",
-            ignore_data_skip=True,
-            remove_unused_columns=False,
-            average_tokens_across_devices=False,
-            report_to=["tensorboard"],
-            disable_tqdm=True,
-            **fields,
-        )
+        common: dict[str, Any] = {
+            "output_dir": str(stage_dir),
+            "per_device_train_batch_size": per_device_batch_size,
+            "gradient_accumulation_steps": steps,
+            "optim": "adamw_torch",
+            "use_cpu": on_cpu,
+            "ddp_backend": "gloo" if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
+            "deepspeed": deepspeed,
+            "logging_first_step": True,
+            "logging_nan_inf_filter": False,
+            "save_strategy": "steps",
+            "ignore_data_skip": True,
+            "remove_unused_columns": False,
+            "average_tokens_across_devices": False,
+            "report_to": ["tensorboard"],
+            "disable_tqdm": True,
+        }
+        args = TrainingArguments(**{**common, **fields})
+        if args.n_gpu > 1:  # one process drives one device; nn.DataParallel would split our batches
+            args._n_gpu = 1
         if deepspeed is not None and on_cpu:
             import deepspeed as ds
 

@@ -1,0 +1,124 @@
+"""Questions to a LLaVA about one image, answered in the terminal."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from llava_genhancer import run
+from llava_genhancer.data.decode import BadImage, decode
+from llava_genhancer.errors import InputError
+from llava_genhancer.llava.hf import hf_state, write_hf_companions
+from llava_genhancer.llava.original import read_llava
+
+
+def chat(
+    checkpoint: str | os.PathLike,
+    image: str | os.PathLike,
+    *,
+    questions: Sequence[str] = (),
+    max_new_tokens: int = 256,
+    device: str | None = None,
+    tower: str | None = None,
+) -> list[str]:
+    """Print the answers to ``questions``, or to what is typed until an empty line.
+
+    Args:
+        checkpoint: a folder of either form, HF or original.
+        image: a picture's path; the conversation is about it from the first question on.
+        tower: replaces the vision tower that an original checkpoint names.
+
+    Returns:
+        The answers.
+
+    Raises:
+        InputError: the checkpoint or the image cannot be used.
+    """
+    try:
+        picture = decode(image)
+    except BadImage as error:
+        raise InputError(f"{image} cannot be used: {error}") from None
+    model, processor = load_llava(checkpoint, device=device, tower=tower)
+    messages: list[dict[str, Any]] = []
+    answers = []
+    for question in questions or iter(_ask, ""):
+        content: list[dict[str, str]] = [{"type": "text", "text": question}]
+        messages.append({"role": "user", "content": [{"type": "image"}, *content] if not messages else content})
+        answers.append(answer(model, processor, picture, messages, max_new_tokens))
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answers[-1]}]})
+        print(answers[-1], flush=True)
+    return answers
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+@torch.inference_mode()
+def answer(
+    model: Any, processor: Any, image: Image.Image, messages: list[dict[str, Any]], max_new_tokens: int = 256
+) -> str:
+    """What the model says next in a conversation about ``image``, greedily."""
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(
+        images=image, text=text, return_tensors="pt", add_special_tokens=not _starts_itself(processor, text)
+    )
+    inputs = inputs.to(model.device, dtype=model.dtype)
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+    return str(processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+
+def _starts_itself(processor: Any, text: str) -> bool:
+    """Whether the template already wrote the token that a sequence starts with."""
+    start = processor.tokenizer.bos_token
+    return bool(start) and text.startswith(start)
+
+
+def load_llava(
+    checkpoint: str | os.PathLike, *, device: str | None = None, tower: str | None = None
+) -> tuple[Any, Any]:
+    """A checkpoint of either form as transformers' model and processor.
+
+    Raises:
+        InputError: not a LLaVA, or weights missing.
+    """
+    from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+
+    folder = Path(checkpoint)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{checkpoint} is not a checkpoint: no config.json there")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if run.read_json(folder / "config.json").get("model_type") == "llava" and any(folder.glob("processor*.json")):
+            model, info = LlavaForConditionalGeneration.from_pretrained(
+                folder, dtype="auto", output_loading_info=True, use_safetensors=True
+            )
+            processor = AutoProcessor.from_pretrained(folder)
+        else:
+            original = read_llava(folder, tower=tower)
+            with tempfile.TemporaryDirectory() as small_files:
+                rows = write_hf_companions(original, Path(small_files))
+                model, info = LlavaForConditionalGeneration.from_pretrained(
+                    None,
+                    config=LlavaConfig.from_pretrained(small_files),
+                    state_dict=hf_state(original, rows),
+                    dtype=original.dtype,
+                    output_loading_info=True,
+                )
+                processor = AutoProcessor.from_pretrained(small_files)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{checkpoint} cannot be loaded: {str(error).splitlines()[0]}") from None
+    if info["missing_keys"]:
+        raise InputError(f"{checkpoint}: weights are missing (first: {sorted(info['missing_keys'])[0]})")
+    return model.to(device).eval(), processor

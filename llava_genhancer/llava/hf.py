@@ -1,0 +1,104 @@
+"""The form of LlavaForConditionalGeneration, for transformers 4.37.2 and 5.x: weights, processor, chat template.
+
+The vocabulary gets one row for ``<image>`` and is padded to a multiple of 64; no generation ever emits the new rows.
+Keys carry the ``vision_model.`` that transformers 5 would leave out and old readers need.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_genhancer import run
+from llava_genhancer.errors import InputError
+from llava_genhancer.llava.checkpoint import Checkpoint, generation_config, vision_config, write_shards
+from llava_genhancer.llava.conversation import chat_template
+from llava_genhancer.llava.model import SELECT_STRATEGY, load_tower, local
+from llava_genhancer.llava.tokenizer import save_hf_tokenizer
+from llava_genhancer.tower.export import find_file
+
+
+def write_hf(checkpoint: Checkpoint, folder: Path) -> None:
+    """The whole folder."""
+    rows = write_hf_companions(checkpoint, folder)
+    write_shards(hf_state(checkpoint, rows), folder)
+
+
+def write_hf_companions(checkpoint: Checkpoint, folder: Path) -> int:
+    """Everything but the weights: configuration, tokenizer, processor, chat template, generation config.
+
+    Returns:
+        Rows of the widened vocabulary.
+    """
+    vision = vision_config(checkpoint.tower)
+    strategy = SELECT_STRATEGY[vision["model_type"].removesuffix("_vision_model")]
+    image_id = save_hf_tokenizer(checkpoint.companions, folder)
+    words = checkpoint.llm_config["vocab_size"]
+    rows = max(words, -(-(image_id + 1) // 64) * 64)
+    run.write_json(
+        folder / "config.json",
+        {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "image_token_index": image_id,
+            "image_seq_length": (vision["image_size"] // vision["patch_size"]) ** 2,
+            "projector_hidden_act": "gelu",
+            "vision_feature_layer": checkpoint.vision_feature_layer,
+            "vision_feature_select_strategy": strategy,
+            "ignore_index": -100,
+            "tie_word_embeddings": bool(checkpoint.llm_config.get("tie_word_embeddings", False)),
+            "torch_dtype": str(checkpoint.dtype).removeprefix("torch."),
+            "text_config": {**checkpoint.llm_config, "vocab_size": rows},
+            "vision_config": vision,
+            "vocab_size": rows,
+        },
+    )
+    never = sorted({image_id, *range(words, rows)})
+    run.write_json(folder / "generation_config.json", {**generation_config(checkpoint), "suppress_tokens": never})
+    write_processor(checkpoint, folder, vision, strategy)
+    return rows
+
+
+def hf_state(checkpoint: Checkpoint, rows: int) -> dict[str, Tensor]:
+    """All weights by the names that every transformers with a LLaVA reads; ``rows`` is the widened vocabulary."""
+    tower = load_tower(checkpoint.tower, checkpoint.dtype).state_dict()
+    state = {f"vision_tower.vision_model.{n.removeprefix('vision_model.')}": v for n, v in tower.items()}
+    state |= {f"multi_modal_projector.{n}": v.to(checkpoint.dtype) for n, v in checkpoint.projector.items()}
+    for name, value in checkpoint.language.items():
+        value = value.to(checkpoint.dtype)
+        if name in ("model.embed_tokens.weight", "lm_head.weight") and value.shape[0] < rows:
+            value = torch.cat([value, value.new_zeros(rows - value.shape[0], value.shape[1])])
+        state[f"language_model.{name}"] = value
+    return state
+
+
+def write_processor(checkpoint: Checkpoint, folder: Path, vision: dict[str, Any], strategy: str) -> None:
+    """Image processor (the tower's own, padding to a square if training did), processor and chat template."""
+    source = find_file(local(checkpoint.tower), "preprocessor_config.json")
+    if source is None:
+        raise InputError(f"tower {checkpoint.tower} has no preprocessor_config.json")
+    run.write_json(
+        folder / "preprocessor_config.json",
+        {
+            **{k: v for k, v in run.read_json(source).items() if k != "feature_extractor_type"},
+            "image_processor_type": "LlavaImageProcessor",
+            "processor_class": "LlavaProcessor",
+            "do_pad": checkpoint.image_mode == "pad",
+        },
+    )
+    template = chat_template(checkpoint.conversation)
+    run.write_json(
+        folder / "processor_config.json",
+        {
+            "processor_class": "LlavaProcessor",
+            "image_token": "<image>",
+            "patch_size": vision["patch_size"],
+            "vision_feature_select_strategy": strategy,
+            "num_additional_image_tokens": 1 if strategy == "default" else 0,
+        },
+    )
+    run.write_text(folder / "chat_template.jinja", template)
+    run.write_json(folder / "chat_template.json", {"chat_template": template})

@@ -1,0 +1,87 @@
+"""The language model's tokenizer as the exported processor needs it: fast, with ``<image>`` as one token.
+
+LLaVA tokenizes the text before and after each image by itself, with Llama's slow tokenizer in its legacy behaviour,
+where every piece of text starts with a word boundary. A fast tokenizer does the same if its normaliser prepends the
+boundary to each stretch between special tokens; transformers 5 builds others by default, which lose one piece.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from llava_genhancer.errors import InputError
+from llava_genhancer.llava.model import local
+from llava_genhancer.tower.export import TOKENIZER_FILES, find_file
+
+IMAGE_TOKEN = "<image>"
+
+
+def save_hf_tokenizer(source: str, folder: Path) -> int:
+    """Write ``source``'s tokenizer with ``<image>`` added, for old and new transformers alike.
+
+    Returns:
+        The id of ``<image>``.
+
+    Raises:
+        InputError: no tokenizer there.
+    """
+    from tokenizers import AddedToken, Tokenizer
+
+    path = local(source)
+    files = {name: found for name in TOKENIZER_FILES if (found := find_file(path, name))}
+    for name, found in files.items():
+        shutil.copyfile(found, folder / name)
+    if "tokenizer.model" in files:
+        tokenizer = fast_llama_tokenizer(files["tokenizer.model"])
+    elif "tokenizer.json" in files:
+        tokenizer = Tokenizer.from_file(files["tokenizer.json"])
+    else:
+        raise InputError(f"llm {source} has no tokenizer: its folder needs tokenizer.model or tokenizer.json")
+    tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    image_id = int(tokenizer.token_to_id(IMAGE_TOKEN))
+
+    settings = json.loads(Path(files["tokenizer_config.json"]).read_text()) if "tokenizer_config.json" in files else {}
+    if "tokenizer.model" in files:
+        settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": True}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    decoder: dict[str, Any] = settings.setdefault("added_tokens_decoder", {})
+    for token in ("<unk>", "<s>", "</s>") if "tokenizer.model" in files else ():
+        decoder.setdefault(str(tokenizer.token_to_id(token)), {"content": token, **flags})
+    decoder[str(image_id)] = {"content": IMAGE_TOKEN, **flags}
+    settings |= {"image_token": IMAGE_TOKEN, "padding_side": "left", "processor_class": "LlavaProcessor"}
+    settings.setdefault("pad_token", "<unk>" if "tokenizer.model" in files else settings.get("eos_token"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    return image_id
+
+
+def fast_llama_tokenizer(model_file: str) -> Any:
+    """A ``tokenizers.Tokenizer`` that equals sentencepiece's BPE on every stretch of text between special tokens."""
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+    pieces = SentencePieceProcessor(model_file=model_file)
+    names = [pieces.id_to_piece(i) for i in range(pieces.vocab_size())]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    # sentencepiece joins the pair whose result scores highest; scores fall with the id.
+    merges = []
+    for i, name in enumerate(names):
+        if pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i):
+            continue
+        splits = [(name[:cut], name[cut:]) for cut in range(1, len(name))]
+        known = [(a, b) for a, b in splits if a in vocabulary and b in vocabulary]
+        merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = [AddedToken(names[i], special=True, normalized=False) for i in (0, 1, 2)]
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    return tokenizer
