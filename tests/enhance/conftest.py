@@ -1,0 +1,54 @@
+"""Tiny towers of every kind, and a recipe of the method at their size."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava_genhancer import recipes
+from llava_genhancer.enhance.targets import VaeTarget, load_vae_target
+
+RecipeOf = Callable[..., recipes.Recipe]
+
+
+@pytest.fixture(scope="session")
+def tiny_siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random SiglipModel folder, 48 px, patches of 8."""
+    from llava_genhancer.toyworld.models import save_siglip
+
+    return save_siglip(tmp_path_factory.mktemp("models") / "siglip")
+
+
+@pytest.fixture(scope="session")
+def tiny_siglip2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Siglip2Model folder (NaFlex): 4 x 4 patches of 8, so 32 px."""
+    from transformers import Siglip2Config, Siglip2ImageProcessor, Siglip2Model
+
+    from llava_genhancer.toyworld.tokenizer import write_tokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "siglip2"
+    words = len(write_tokenizer(folder))
+    shared = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {"bos_token_id": words - 2, "eos_token_id": words - 1, "pad_token_id": words - 1}
+    config = Siglip2Config(
+        vision_config={**shared, "patch_size": 8, "num_patches": 16},
+        text_config={**shared, **special, "vocab_size": words, "projection_size": 32},
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Siglip2Model(config).save_pretrained(folder)
+    Siglip2ImageProcessor(patch_size=8, max_num_patches=16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_target(tiny_vae: Path) -> VaeTarget:
+    """The tiny VAE as target tokenizer."""
+    return load_vae_target(str(tiny_vae))
+
+
+@pytest.fixture(scope="session")
+def recipe_of(tiny_fields: dict[str, object]) -> RecipeOf:
+    """The tiny run's recipe with fields changed by name."""
+    return lambda **changes: recipes.override(recipes.Recipe(), {**tiny_fields, **changes})
