@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_genhancer import costs, recipes
@@ -27,7 +28,8 @@ def count(module: torch.nn.Module) -> int:
 
 
 def flops(run) -> int:
-    with FlopCounterMode(display=False) as counter:
+    # Plain matmuls in attention: whether a fused kernel's work is counted depends on torch's version.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 
@@ -172,8 +174,7 @@ def test_denoiser_flops_match_a_count(mode: str) -> None:
             loss.backward()
 
     ours = costs.denoiser_flops(SMALL, 128, vae, mode) + costs.projector_flops(SMALL, LARGE, mode)
-    # Fused attention recomputes its scores in the backward pass, which the counter counts and we do not.
-    assert batch * ours == pytest.approx(flops(run), rel=0.04)
+    assert batch * ours == pytest.approx(flops(run), rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
