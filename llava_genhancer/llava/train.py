@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from llava_genhancer import engine, run
 from llava_genhancer.errors import InputError
-from llava_genhancer.llava.conversation import TEMPLATES
+from llava_genhancer.llava.conversation import get_template
 from llava_genhancer.llava.dataset import build_loader, read_samples
 from llava_genhancer.llava.export import export_step
 from llava_genhancer.llava.model import Llava, build_llava, llava_config, local
@@ -89,8 +89,7 @@ def _check(recipe: LlavaRecipe, step: str, deepspeed: str | None) -> None:
     table = recipe.step(step)
     if table.data is None and table.max_steps != 0:
         raise InputError(f"no data given: add --{step}.data FILE.json and --{step}.image_folder DIR (LLaVA's JSON)")
-    if table.conversation not in TEMPLATES:
-        raise InputError(f"{step}.conversation={table.conversation}: choose one of {', '.join(TEMPLATES)}")
+    get_template(table.conversation)
     engine.check_deepspeed(deepspeed)
     engine.accumulation(table.global_batch_size, table.per_device_batch_size)
     llava_config(recipe)
