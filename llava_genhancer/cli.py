@@ -86,7 +86,9 @@ def _run(argv: list[str]) -> int:
     if not args.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+        os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # its errors come as exceptions too
         if not sys.stderr.isatty():
+            os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     status = int(args.run(args) or 0)
     sys.stdout.flush()  # a reader that has gone shows here, not in the interpreter's last breath

@@ -6,9 +6,11 @@ raw samples and never decodes; :mod:`llava_genhancer.data.loader` orders, decode
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,28 +57,26 @@ class ShardSource:
         return len(self.shards)
 
     def read(self, shard: int) -> Iterator[RawSample]:
-        """The samples of one shard in its own order; what cannot be read ends it with one bad sample."""
-        from webdataset.tariterators import tar_file_expander
-
+        """The samples of one shard in its own order; damage ends it with one bad sample."""
         path = self.shards[shard]
         name = os.path.basename(path)
-        problems: list[str] = []
-
-        def note(error: Exception) -> bool:
-            problems.append(type(error).__name__)
-            return False
-
+        whole = False
         try:
-            with open(path, "rb") as stream:
-                members = tar_file_expander(
-                    [{"url": path, "stream": stream}], handler=note, select_files=_is_image, eof_value=None
-                )
-                for member in members:
-                    yield RawSample(f"{name}:{os.path.splitext(member['fname'])[0]}", member["data"])
-        except OSError as error:
-            problems.append(error.strerror or type(error).__name__)
-        if problems:
-            yield RawSample(f"{name}:", None, "unreadable shard")
+            with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+                while (member := archive.next()) is not None:
+                    if member.isreg() and _is_image(member.name):
+                        content = archive.extractfile(member)
+                        assert content is not None
+                        yield RawSample(f"{name}:{os.path.splitext(member.name)[0]}", content.read())
+                    archive.members = []  # type: ignore[attr-defined]  # tarfile would keep a listing
+                # A damaged header looks like the end to tarfile (and to webdataset, which reads through it), and the
+                # rest of the shard would be missed in silence. The true end is a block of zeros.
+                file.seek(archive.offset)
+                whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+        except Exception:  # damaged headers raise anything: ReadError, ValueError, OverflowError, OSError, ...
+            whole = False
+        if not whole:
+            yield RawSample(f"{name}:", None, "unreadable shard, or the rest of one")
 
     def first(self, count: int) -> list[tuple[str, Image.Image]]:
         """The first decodable images."""
@@ -108,13 +108,11 @@ Source = ShardSource | IndexedSource
 
 def _first(samples: Iterator[RawSample], count: int) -> list[tuple[str, Image.Image]]:
     found: list[tuple[str, Image.Image]] = []
-    for tried, sample in enumerate(samples):
-        if len(found) == count or tried > 100 * count:
-            break
-        try:
+    for tried, sample in enumerate(samples, 1):
+        with contextlib.suppress(BadImage):
             found.append((sample.key, sample.image()))
-        except BadImage:
-            continue
+        if len(found) >= count or tried >= 100 * count:  # here, so that no further shard is opened
+            break
     return found
 
 
@@ -122,8 +120,9 @@ def open_source(path: str, image_folder: str | None = None) -> Source:
     """Recognise what ``path`` is, and make sure that at least one image can be read.
 
     Args:
-        path: a ``.tar`` file, glob or brace pattern; a folder of ``.tar`` files; a folder of parquet files or one
-            written by ``Dataset.save_to_disk``; ``hf:ORG/NAME[:SPLIT]``; LLaVA's ``.json``; or a folder of images.
+        path: a ``.tar`` or ``.parquet`` file, or a glob or brace pattern of them; a folder of ``.tar`` files; a folder
+            of parquet files or one written by ``Dataset.save_to_disk``; ``hf:ORG/NAME[:SPLIT]``; LLaVA's ``.json``; or
+            a folder of images.
         image_folder: root of the image paths in a LLaVA JSON.
 
     Raises:
@@ -142,7 +141,8 @@ def _recognise(path: str, image_folder: str | None) -> Source:
         return _hub_dataset(path)
     expanded = os.path.expanduser(path)
     if any(c in expanded for c in "*?[") or ("{" in expanded and not os.path.exists(expanded)):
-        return _shards(_expand(path, expanded), path)
+        files = _expand(path, expanded)
+        return _parquet(files, path) if files[0].endswith(".parquet") else _shards(files, path)
     try:
         if os.path.isfile(expanded):
             if expanded.endswith(".tar"):
@@ -196,7 +196,7 @@ def _shards(files: list[str], path: str) -> ShardSource:
     source = ShardSource(files)
     for sample in source.read(0):
         if sample.data is None:
-            raise InputError(f"data {path}: shard {files[0]} is not a readable tar file: fetch or pack it again")
+            raise InputError(f"data {path}: shard {files[0]} is no readable (uncompressed) tar: fetch or pack it again")
         break
     return source
 
@@ -247,10 +247,12 @@ def _llava_json(path: str, image_folder: str | None) -> IndexedSource:
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
         raise InputError(f"data {path} is not a LLaVA JSON: it must be a list of objects with an 'image' each")
     names: dict[str, None] = {}  # conversations share images; each counts once
-    for entry in entries:
+    for number, entry in enumerate(entries):
         images = entry.get("image") or []
-        for name in [images] if isinstance(images, str) else images:
-            names[str(name)] = None
+        images = [images] if isinstance(images, str) else images
+        if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
+            raise InputError(f"data {path}: entry {number}: 'image' must be a path below the image folder, or a list")
+        names.update(dict.fromkeys(images))
     return IndexedSource(len(names), _Files(root, list(names)))
 
 
@@ -280,7 +282,7 @@ def _parquet(files: list[str], path: str) -> IndexedSource:
     try:
         dataset = datasets.load_dataset("parquet", data_files=files, split="train")
     except Exception as error:
-        raise InputError(f"data {path}: not readable as parquet ({_line(error)})") from None
+        raise InputError(f"data {path}: no rows can be read as parquet ({_line(error)})") from None
     return _rows(dataset, path)
 
 

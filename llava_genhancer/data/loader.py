@@ -167,7 +167,7 @@ class ImageStream(IterableDataset):
         while unit < len(shards):
             taken = 0
             for number, sample in enumerate(self.source.read(shards[unit])):
-                if strided and number % readers != reader:
+                if strided and (number + unit) % readers != reader:  # + unit: shards of one sample reach everyone
                     continue
                 taken += 1
                 if taken <= offset:
@@ -240,6 +240,20 @@ class ImageLoader:
         self._loader.load_state_dict(state["loader"])
         report = state["report"]
         self._report = SkipReport(**{**report, "keys": [(k, r) for k, r in report["keys"]]})
+
+
+def check_readers(source: Source, *, num_workers: int, world_size: int, sharding: str) -> None:
+    """Refuse a set so small that some reader would go without; tar shards show their number of images on reading only.
+
+    Raises:
+        InputError: fewer images than readers.
+    """
+    readers = max(num_workers, 1) * (1 if sharding == "replicated" else world_size)
+    if not isinstance(source, ShardSource) and len(source) < readers:
+        raise InputError(
+            f"data: {len(source)} images cannot be shared among {readers} readers (ranks x num_workers): "
+            "lower --num_workers or add images"
+        )
 
 
 def build_loader(

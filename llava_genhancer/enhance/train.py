@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from llava_genhancer import engine, run
 from llava_genhancer.data.images import Source, open_source
-from llava_genhancer.data.loader import build_loader
+from llava_genhancer.data.loader import build_loader, check_readers
 from llava_genhancer.data.views import TrainView
 from llava_genhancer.enhance.backbones import check_backbone
 from llava_genhancer.enhance.enhancer import Enhancer
@@ -64,9 +64,11 @@ def enhance(
     check_backbone(recipe.backbone)
     check_vae(recipe.vae)
     source = open_source(recipe.data, image_folder=recipe.image_folder)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    check_readers(source, num_workers=recipe.num_workers, world_size=world, sharding=recipe.data_sharding)
     with run.exclusive(run_dir) if rank == 0 else nullcontext():
         if rank == 0:
-            run.open_run(run_dir, recipe, world_size=int(os.environ.get("WORLD_SIZE", "1")), deepspeed=deepspeed)
+            run.open_run(run_dir, recipe, world_size=world, deepspeed=deepspeed)
         for stage in sorted(stages):
             train_stage(recipe, stage, run_dir, source, deepspeed)
         if 2 not in stages:

@@ -1,0 +1,342 @@
+"""Every kind of source, and what is said when there is none."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from packing import encoded, picture, write_shards, write_tar
+from PIL import Image
+
+from llava_genhancer.data.decode import BadImage
+from llava_genhancer.data.images import IndexedSource, ShardSource, open_source
+from llava_genhancer.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> list[Path]:
+    """Three shards of 4, 3 and 5 images."""
+    return write_shards(tmp_path_factory.mktemp("shards"), (4, 3, 5))
+
+
+def keys(source: ShardSource | IndexedSource) -> list[str]:
+    if isinstance(source, ShardSource):
+        return [s.key for i in range(len(source)) for s in source.read(i)]
+    return [source.get(i).key for i in range(len(source))]
+
+
+def same(image: Image.Image, seed: int) -> bool:
+    return np.array_equal(np.asarray(image), np.asarray(picture(seed)))
+
+
+# --- tar shards ---------------------------------------------------------------------------------------------------
+
+
+def test_shards_by_file_folder_glob_and_brace(shards) -> None:
+    folder = shards[0].parent
+    everything = [f"{s:05}.tar:{i:06}" for s, part in enumerate((range(4), range(4, 7), range(7, 12))) for i in part]
+    assert keys(open_source(str(shards[1]))) == everything[4:7]
+    for path in (f"{folder}", f"{folder}/", f"{folder}/*.tar", f"{folder}/{{00000..00002}}.tar"):
+        assert keys(open_source(path)) == everything, path
+    assert keys(open_source(f"{folder}/{{00002,00000}}.tar")) == everything[7:] + everything[:4]
+    assert keys(open_source(f"{folder}/0000[01].tar")) == everything[:7]
+    assert all(same(image, i) for i, (_, image) in enumerate(open_source(str(folder)).first(12)))
+
+
+def test_shards_agree_with_webdatasets_own_reader(shards) -> None:
+    import webdataset
+
+    theirs = [(s["__key__"], s["png"]) for s in webdataset.WebDataset(list(map(str, shards)), shardshuffle=False)]
+    source = open_source(str(shards[0].parent))
+    ours = [(s.key.partition(":")[2], s.data) for i in range(len(source)) for s in source.read(i)]
+    assert ours == theirs
+
+
+def test_names_that_leave_a_tar_are_only_names(tmp_path, monkeypatch) -> None:
+    names = ["../../escaped.png", "/tmp/absolute.png", "sub/dir/deep.png", "UPPER.PNG", "ünï.png", "n" * 150 + ".png"]
+    write_tar(tmp_path / "a.tar", [(n, encoded(picture(i))) for i, n in enumerate(names)])
+    before = set(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    found = open_source(str(tmp_path)).first(10)
+    assert [k for k, _ in found] == [f"a.tar:{os.path.splitext(n)[0]}" for n in names]
+    assert all(same(image, i) for i, (_, image) in enumerate(found))
+    assert set(tmp_path.rglob("*")) == before, "a tar is read, never unpacked"
+
+
+def test_links_devices_and_folders_in_a_tar_are_passed_over(tmp_path) -> None:
+    import tarfile
+
+    path = write_tar(tmp_path / "a.tar", [("a.png", encoded(picture(0)))])
+    with tarfile.open(path, "a") as archive:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE):
+            info = tarfile.TarInfo("evil.png")
+            info.type, info.linkname = kind, "/etc/passwd"
+            archive.addfile(info)
+    assert keys(open_source(str(path))) == ["a.tar:a"]
+
+
+def damaged(path: Path, how: str) -> list[str]:
+    """Damage a shard of three images; the keys that can still be read."""
+    data = path.read_bytes()
+    third = data.index(b"000002.txt")
+    cases = {
+        "cut in an image": (data[: data.index(b"000002.png") + 700], 2),
+        "cut in a header": (data[: third + 100], 2),
+        "cut between members": (data[:third], 2),
+        "garbage header": (data[:third] + b"\xab" * 512 + data[third + 512 :], 2),
+        "garbage throughout": (b"\xab" * len(data), 0),
+        "empty": (b"", 0),
+    }
+    content, left = cases[how]
+    path.write_bytes(content)
+    return [f"{path.name}:{i:06}" for i in range(left)]
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["cut in an image", "cut in a header", "cut between members", "garbage header", "garbage throughout", "empty"],
+)
+def test_a_damaged_shard_gives_what_it_has_and_one_bad_sample(tmp_path, how) -> None:
+    (path,) = write_shards(tmp_path, [3])
+    expected = damaged(path, how)
+    samples = list(ShardSource([str(path)]).read(0))
+    assert [s.key for s in samples] == [*expected, f"{path.name}:"]
+    assert all(same(s.image(), i) for i, s in enumerate(samples[:-1]))
+    with pytest.raises(BadImage, match="unreadable shard"):
+        samples[-1].image()
+
+
+def test_a_shard_that_vanishes_is_one_bad_sample(tmp_path) -> None:
+    paths = write_shards(tmp_path, [2, 2])
+    source = open_source(str(tmp_path))
+    paths[1].unlink()
+    assert keys(source) == ["00000.tar:000000", "00000.tar:000001", "00001.tar:"]
+
+
+def test_an_empty_tar_is_whole(tmp_path) -> None:
+    write_tar(tmp_path / "a.tar", [])
+    assert list(ShardSource([str(tmp_path / "a.tar")]).read(0)) == []
+
+
+def test_only_the_first_shard_is_opened_at_the_start(tmp_path, monkeypatch) -> None:
+    """A thousand shards cost a listing of names; their contents are read when their turn comes."""
+    import builtins
+
+    write_shards(tmp_path, [1] * 6)
+    opened, original = [], builtins.open
+
+    def watched(file, *args, **kwargs):
+        if str(file).endswith(".tar"):
+            opened.append(Path(file).name)
+        return original(file, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", watched)
+    source = open_source(str(tmp_path))
+    assert set(opened) == {"00000.tar"}
+    next(source.read(3))
+    assert set(opened) == {"00000.tar", "00003.tar"}
+
+
+# --- folders and LLaVA's JSON -------------------------------------------------------------------------------------
+
+
+def test_an_image_folder_with_everything_in_it(tmp_path) -> None:
+    for i, name in enumerate(("b.png", "a/c.PNG", "a/b.jpeg", "z.webp", ".hidden/d.bmp")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(np.asarray(picture(i))).save(tmp_path / name)
+    (tmp_path / "readme.txt").write_text("no image")
+    (tmp_path / "gone.jpg").symlink_to("nowhere")
+    source = open_source(str(tmp_path))
+    assert keys(source) == [".hidden/d.bmp", "a/b.jpeg", "a/c.PNG", "b.png", "gone.jpg", "z.webp"]
+    with pytest.raises(BadImage, match="file not found"):
+        source.get(4).image()
+    assert same(source.get(3).image(), 0)
+
+
+def llava_json(folder: Path, entries: object) -> str:
+    path = folder / "chat.json"
+    path.write_text(json.dumps(entries))
+    return str(path)
+
+
+def test_llava_json_counts_each_image_once_and_stays_in_its_folder(tmp_path) -> None:
+    root = tmp_path / "images"
+    (root / "coco").mkdir(parents=True)
+    for i, path in enumerate((root / "coco" / "a.png", root / "b.png", tmp_path / "secret.png")):
+        path.write_bytes(encoded(picture(i)))
+    bad = ["../secret.png", "coco/../../secret.png", str(tmp_path / "secret.png"), "", "images", "a\0b.png"]
+    entries = [
+        {"id": 1, "image": "coco/a.png", "conversations": []},
+        {"id": 2, "conversations": []},  # text only
+        {"id": 3, "image": "coco/a.png"},
+        {"id": 4, "image": ["b.png", "coco/./a.png"]},
+        *({"image": [name]} for name in bad),
+    ]
+    source = open_source(llava_json(tmp_path, entries), image_folder=str(root))
+    assert keys(source) == ["coco/a.png", "b.png", "coco/./a.png", *bad]
+    assert [same(source.get(i).image(), seed) for i, seed in ((0, 0), (1, 1), (2, 0))] == [True] * 3
+    for i, name in enumerate(bad[:4]):
+        with pytest.raises(BadImage, match="path leaves the image folder"):
+            source.get(3 + i).image()
+        assert source.get(3 + i).data is None, name
+    for i in (7, 8):
+        with pytest.raises(BadImage, match=r"file not found|damaged"):
+            source.get(i).image()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "cannot be read as JSON"),
+        ('{"image": "a.png"}', "must be a list of objects"),
+        ("[1]", "must be a list of objects"),
+        ("[]", "holds no images"),
+        ('[{"conversations": []}]', "holds no images"),
+        ('[{"image": "a.png"}, {"image": 5}]', "entry 1: 'image' must be a path"),
+        ('[{"image": {"path": "a.png"}}]', "entry 0: 'image' must be a path"),
+        ('[{"image": ["a.png", null]}]', "entry 0: 'image' must be a path"),
+        ('[{"image": "none.png"}]', "none of the first images can be decoded"),
+    ],
+)
+def test_llava_jsons_that_are_none(tmp_path, content, words) -> None:
+    (tmp_path / "chat.json").write_text(content)
+    with pytest.raises(InputError, match=words):
+        open_source(str(tmp_path / "chat.json"), image_folder=str(tmp_path))
+
+
+def test_llava_json_needs_its_folder(tmp_path) -> None:
+    path = llava_json(tmp_path, [{"image": "a.png"}])
+    with pytest.raises(InputError, match="add --image_folder"):
+        open_source(path)
+    with pytest.raises(InputError, match=r"image_folder .*nowhere does not exist"):
+        open_source(path, image_folder=str(tmp_path / "nowhere"))
+
+
+# --- HF datasets --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    """Five images in a `datasets.Dataset`, one of them missing and one damaged."""
+    import datasets
+
+    cells = [{"bytes": encoded(picture(i)), "path": None} for i in range(5)]
+    cells[1] = None
+    cells[3] = {"bytes": b"no image", "path": None}
+    features = datasets.Features({"label": datasets.Value("int32"), "picture": datasets.Image()})
+    return datasets.Dataset.from_dict({"label": list(range(5)), "picture": cells}, features=features)
+
+
+def check_five(source: IndexedSource) -> None:
+    assert len(source) == 5
+    outcomes = []
+    for i in range(5):
+        try:
+            outcomes.append(same(source.get(i).image(), i))
+        except BadImage as error:
+            outcomes.append(str(error))
+    assert outcomes == [True, "empty", True, "not an image", True]
+    assert len({source.get(i).key for i in range(5)}) == 5
+
+
+@pytest.fixture
+def hf_cache(tmp_path, monkeypatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def test_parquet_by_file_folder_glob_and_nested_folder(tmp_path, dataset, hf_cache) -> None:
+    (tmp_path / "data" / "nested").mkdir(parents=True)
+    dataset.to_parquet(tmp_path / "data" / "nested" / "train.parquet")
+    for path in ("data/nested/train.parquet", "data/nested", "data/nested/*.parquet", "data"):
+        check_five(open_source(str(tmp_path / path)))
+
+
+def test_save_to_disk_with_and_without_splits(tmp_path, dataset) -> None:
+    import datasets
+
+    dataset.save_to_disk(tmp_path / "plain")
+    check_five(open_source(str(tmp_path / "plain")))
+    datasets.DatasetDict({"test": dataset.select([0]), "train": dataset}).save_to_disk(tmp_path / "splits")
+    check_five(open_source(str(tmp_path / "splits")))
+
+
+def test_a_hub_id_is_loaded_by_name_and_split(dataset, monkeypatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return dataset
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    check_five(open_source("hf:someone/pictures"))
+    open_source("hf:someone/pictures:validation[:10]")
+    assert asked == [("someone/pictures", "train"), ("someone/pictures", "validation[:10]")]
+
+
+def test_hf_data_that_is_none(tmp_path, hf_cache) -> None:
+    import datasets
+
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 but not really")
+    datasets.Dataset.from_dict({"text": ["a"], "label": [1]}).to_parquet(tmp_path / "text.parquet")
+    empty = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": []}, features=empty).to_parquet(tmp_path / "empty.parquet")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_info.json").write_text("{}")
+    for path, words in (
+        (tmp_path / "broken.parquet", "no rows can be read as parquet"),
+        (tmp_path / "text.parquet", "no image column among text, label"),
+        (tmp_path / "empty.parquet", "no rows can be read as parquet"),
+        (tmp_path / "saved", "not readable as a saved dataset"),
+        ("hf:nobody/nothing", "cannot be loaded"),
+        ("hf:", "cannot be loaded"),
+    ):
+        with pytest.raises(InputError, match=words) as caught:
+            open_source(str(path))
+        assert "\n" not in str(caught.value)
+
+
+# --- nothing there ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_source_is_said(tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "junk.tar").write_bytes(b"junk" * 1000)
+    (tmp_path / "dir.tar").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("hello")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jpg").write_bytes(b"no image")
+    write_tar(tmp_path / "captions.tar", [("a.txt", b"only words")])
+    for path, words in (
+        ("", "does not exist"),
+        ("nowhere", "does not exist"),
+        ("notes.txt", "is a file of no known kind"),
+        ("notes.txt/below", "does not exist"),
+        ("empty", "holds no images"),
+        ("texts", "holds no images"),
+        ("bad", "none of the first images can be decoded"),
+        ("captions.tar", "none of the first images can be decoded"),
+        ("junk.tar", "no readable .*tar"),
+        ("dir.tar/*.tar", "matches no file"),
+        ("none-*.tar", "matches no file"),
+        ("{00000..00009}.tar", "10 of 10 shards are missing, first "),
+        ("{00000..00009.tar", "Unbalanced braces"),
+        ("texts/*", "no readable .*tar"),
+    ):
+        with pytest.raises(InputError, match=words) as caught:
+            open_source(str(tmp_path / path) if path else "")
+        assert "\n" not in str(caught.value)
+
+
+def test_an_unreadable_shard_is_named_before_anything_starts(tmp_path, monkeypatch) -> None:
+    paths = write_shards(tmp_path, [1, 1])
+    # Permissions do not bind root, so the answer is given here.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != str(paths[1]))
+    with pytest.raises(InputError, match=r"00001.tar may not be read"):
+        open_source(str(tmp_path))
