@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from llava_genhancer import run
 from llava_genhancer.errors import InputError
 from llava_genhancer.llava.model import local
 from llava_genhancer.tower.export import TOKENIZER_FILES, find_file
@@ -41,7 +42,10 @@ def save_hf_tokenizer(source: str, folder: Path) -> int:
     else:
         raise InputError(f"llm {source} has no tokenizer: its folder needs tokenizer.model or tokenizer.json")
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    state = json.loads(tokenizer.to_str())
+    if state["model"]["type"] == "BPE":  # old readers take merges as "a b" only, new ones both ways
+        state["model"]["merges"] = [m if isinstance(m, str) else " ".join(m) for m in state["model"]["merges"]]
+    run.write_json(folder / "tokenizer.json", state)
     image_id = int(tokenizer.token_to_id(IMAGE_TOKEN))
 
     settings = json.loads(Path(files["tokenizer_config.json"]).read_text()) if "tokenizer_config.json" in files else {}
@@ -58,10 +62,41 @@ def save_hf_tokenizer(source: str, folder: Path) -> int:
     return image_id
 
 
-def fast_llama_tokenizer(model_file: str) -> Any:
-    """A ``tokenizers.Tokenizer`` that equals sentencepiece's BPE on every stretch of text between special tokens."""
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer to train with: fast, token for token the slow one that LLaVA uses.
+
+    Raises:
+        InputError: no tokenizer there.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = local(source)
+    files = {name: found for name in ("tokenizer.model", "tokenizer_config.json") if (found := find_file(path, name))}
+    settings = run.read_json(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
+    if "tokenizer.model" in files and settings.get("tokenizer_class", "").startswith("Llama"):
+        return PreTrainedTokenizerFast(
+            tokenizer_object=fast_llama_tokenizer(files["tokenizer.model"], legacy=settings.get("legacy") is not False),
+            bos_token="<s>",
+            eos_token="</s>",
+            unk_token="<unk>",
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"llm {source} has no tokenizer that can be loaded: {error}") from None
+    if not tokenizer.is_fast:
+        raise InputError(f"llm {source} has no fast tokenizer: its folder needs a tokenizer.json")
+    return tokenizer
+
+
+def fast_llama_tokenizer(model_file: str, *, legacy: bool = True) -> Any:
+    """A ``tokenizers.Tokenizer`` that equals sentencepiece's BPE on every stretch of text between special tokens.
+
+    Args:
+        legacy: every stretch starts with a word boundary, as in Llama's slow tokenizer; False: only the first does.
+    """
     from sentencepiece import SentencePieceProcessor
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     pieces = SentencePieceProcessor(model_file=model_file)
     names = [pieces.id_to_piece(i) for i in range(pieces.vocab_size())]
@@ -75,7 +110,12 @@ def fast_llama_tokenizer(model_file: str) -> Any:
         known = [(a, b) for a, b in splits if a in vocabulary and b in vocabulary]
         merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if legacy:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        # Metaspace adds no boundary in front of a space; the slow tokenizer does.
+        tokenizer.normalizer = normalizers.Replace(Regex(r"\A[ ▁]"), "  ")
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
