@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -207,11 +207,14 @@ def _add_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return total
 
 
-def load_trained(model: nn.Module, file: Path) -> None:
+def load_trained(model: nn.Module, file: Path, names: Collection[str] = ()) -> None:
     """Load a stage's trained weights into ``model``; every tensor must have its place and shape.
 
+    Args:
+        names: parameters that the file must hold.
+
     Raises:
-        InputError: missing or foreign file.
+        InputError: missing, damaged or foreign file, or one with a gap.
     """
     try:
         state = load_file(file)
@@ -219,6 +222,11 @@ def load_trained(model: nn.Module, file: Path) -> None:
         raise InputError(f"{file} cannot be read ({error}): run the stage before this one again") from None
     except SafetensorError as error:
         raise InputError(f"{file} is damaged ({error}): run the stage before this one again") from None
+    absent = sorted(set(names) - state.keys())
+    if absent:
+        raise InputError(
+            f"{file} lacks {len(absent)} weights (first: {absent[0]}): run the stage before this one again"
+        )
     parameters = dict(model.named_parameters())
     for name, value in state.items():
         if name not in parameters or parameters[name].shape != value.shape:

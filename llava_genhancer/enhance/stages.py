@@ -43,25 +43,20 @@ def build_stage(recipe: Recipe, stage: int, target: VaeTarget, results: Iterable
     LoRA is injected at the first stage that trains the backbone and stays from then on.
 
     Args:
-        results: weight files of the earlier stages, in order.
+        results: weight files of the earlier stages that trained, in order; none leaves their parts as initialised.
 
     Raises:
         InputError: a weight file does not fit this recipe.
     """
     enhancer = build_enhancer(recipe, target)
-    trained_so_far = [part for s in STAGES[:stage] for part in _trains(recipe, s)]
-    if "backbone" in trained_so_far and recipe.lora_rank > 0:
+    earlier = [s for s in STAGES[: stage - 1] if stage_recipe(recipe, s).max_steps > 0]
+    if any("backbone" in stage_recipe(recipe, s).trains for s in (*earlier, stage)) and recipe.lora_rank > 0:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             add_lora(enhancer.backbone, recipe)
-    for file in results:
-        load_trained(enhancer, file)
+    for before, file in zip(earlier, results, strict=False):
+        load_trained(enhancer, file, trainable_names(enhancer, recipe, before))
     learns = trainable_names(enhancer, recipe, stage)
     for name, parameter in enhancer.named_parameters():
         parameter.requires_grad_(name in learns)
     return enhancer
-
-
-def _trains(recipe: Recipe, stage: int) -> tuple[str, ...]:
-    table = stage_recipe(recipe, stage)
-    return table.trains if table.max_steps > 0 else ()
