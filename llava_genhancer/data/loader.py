@@ -191,7 +191,7 @@ def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
     """Stops are the trainer's business: a worker that dies of Ctrl-C would take its rank down before it can save."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -207,7 +207,7 @@ class ImageLoader:
             batch_size=batch_size,
             num_workers=num_workers,
             collate_fn=_collate,
-            worker_init_fn=_start_worker if num_workers else None,
+            worker_init_fn=start_worker if num_workers else None,
             generator=torch.Generator().manual_seed(seed),  # not the global RNG: noise is drawn from that
             pin_memory=torch.cuda.is_available(),
         )

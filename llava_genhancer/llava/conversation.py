@@ -234,7 +234,7 @@ def chat_template(template: str) -> str:
         [
             "{% for message in messages %}",
             "{% if message['role'] != ['user', 'assistant'][loop.index0 % 2] %}",
-            "{{ raise_exception('roles must be user, assistant, user, ...: the system prompt is part of the training') }}",
+            "{{ raise_exception('roles must be user, assistant, user, ...; the system prompt is built in') }}",
             "{% endif %}",
             "{% if message['role'] == 'user' %}",
             f"{{{{ {quoted(form.first)} if loop.first else {quoted(form.later)} }}}}",

@@ -19,11 +19,12 @@ from transformers import TrainingArguments
 
 from llava_genhancer import engine, run
 from llava_genhancer.errors import InputError
+from llava_genhancer.llava.batches import build_loader
 from llava_genhancer.llava.conversation import get_template
-from llava_genhancer.llava.dataset import build_loader, read_samples
 from llava_genhancer.llava.export import export_step
 from llava_genhancer.llava.model import Llava, build_llava, llava_config, local
 from llava_genhancer.llava.recipes import LlavaRecipe, LlavaStep, harmless_fields
+from llava_genhancer.llava.samples import read_samples
 from llava_genhancer.tower.export import is_tower, read_marker
 from llava_genhancer.trainer import FINAL_FILE, ExactTrainer
 
@@ -129,18 +130,30 @@ def _refuse_other_inputs(folder: Path, inputs: dict[str, Any]) -> None:
 def _train(recipe: LlavaRecipe, step: str, folder: Path, projector: Path | None, deepspeed: str | None) -> None:
     table = recipe.step(step)
     started = time.time()
+    assert table.data is not None  # _check refuses that
     samples = read_samples(table.data, table.image_folder)
     args = training_arguments(recipe, step, folder, deepspeed, len(samples))
-    loader = build_loader(recipe, table, samples, args)
+    loader = build_loader(recipe, table, samples, rank=args.process_index, world_size=args.world_size)
     with engine.without_zero_init(args):
         model = build_llava(recipe, step, bf16_everywhere=deepspeed is not None and recipe.precision == "bf16")
     if projector is not None:
         engine.load_trained(model, projector)
+    trainer = build_trainer(recipe, step, model, args, loader)
+    final = trainer.run()
+    engine.finish_stage(trainer, final, time.time() - started, step=step)
+    trainer.accelerator.free_memory()
+    del trainer, model, loader
+    engine.forget()
+
+
+def build_trainer(recipe: LlavaRecipe, step: str, model: Llava, args: TrainingArguments, loader: Any) -> LlavaTrainer:
+    """The trainer of a step, gradient checkpointing set up."""
+    table = recipe.step(step)
     if recipe.gradient_checkpointing:
         # ZeRO-3's weights change their shape between the two forward passes, which only the reentrant kind accepts.
         reentrant = engine.zero_stage(args) == 3
         model.language_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    trainer = LlavaTrainer(
+    return LlavaTrainer(
         model,
         args,
         loader,
@@ -153,11 +166,6 @@ def _train(recipe: LlavaRecipe, step: str, folder: Path, projector: Path | None,
             "deepspeed_stage": engine.zero_stage(args),
         },
     )
-    final = trainer.run()
-    engine.finish_stage(trainer, final, time.time() - started, step=step)
-    trainer.accelerator.free_memory()
-    del trainer, model, loader
-    engine.forget()
 
 
 def training_arguments(

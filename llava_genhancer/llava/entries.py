@@ -1,0 +1,105 @@
+"""The entries of a large JSON list one after the other, each with its place in the file; little of it is in memory."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+from llava_genhancer.errors import InputError
+
+BLOCK_BYTES = 1 << 24
+MAX_CHARACTERS = 1 << 26  # of one entry; more means that the file is no JSON
+_BETWEEN = re.compile(r"[\s,\ufeff]*")
+
+
+class Entry(NamedTuple):
+    """A parsed entry and the bytes that it takes in the file."""
+
+    value: Any
+    start: int
+    size: int
+
+
+def read_entries(path: str, digest: Any) -> Iterator[Entry]:
+    """The entries of a JSON list, or the lines of a JSON Lines file.
+
+    Args:
+        digest: a hashlib object that gets to see the whole file.
+
+    Raises:
+        InputError: the file cannot be read, is not JSON, or ends before the list does.
+    """
+    decoder = json.JSONDecoder()
+    try:
+        with open(path, "rb") as file:
+            window = _Window(file, digest)
+            listed = window.skip() == "["
+            if listed:
+                window.advance(window.at + 1)
+            number = 0
+            while (character := window.skip()) and not (listed and character == "]"):
+                value, end = _parse(decoder, window, f"data {path}: entry {number}")
+                start = window.byte
+                window.advance(end)
+                yield Entry(value, start, window.byte - start)
+                number += 1
+            if listed and not character:
+                raise InputError(f"data {path} ends after {number} entries without closing its list: is it whole?")
+            while window.read_more():
+                window.advance(len(window.text))
+    except UnicodeDecodeError:
+        raise InputError(f"data {path} is not UTF-8 text") from None
+    except OSError as error:
+        raise InputError(f"data {path} cannot be read: {error.strerror or error}") from None
+
+
+class _Window:
+    """A stretch of the file as text; ``at`` is where reading stands in it, ``byte`` where that is in the file."""
+
+    def __init__(self, file: BinaryIO, digest: Any):
+        self.file, self.digest = file, digest
+        self.decoder = codecs.getincrementaldecoder("utf-8")()
+        self.text, self.at, self.byte, self.ended = "", 0, 0, False
+
+    def advance(self, to: int) -> None:
+        """Go on to that character of the text."""
+        self.byte += len(self.text[self.at : to].encode())
+        self.at = to
+
+    def read_more(self) -> bool:
+        """Add a block and forget what is behind; False once the file has ended."""
+        if self.ended:
+            return False
+        block = self.file.read(BLOCK_BYTES)
+        self.digest.update(block)
+        self.ended = not block
+        self.text, self.at = self.text[self.at :] + self.decoder.decode(block, final=self.ended), 0
+        return True
+
+    def skip(self) -> str:
+        """The next character that is no space, comma or byte-order mark; "" at the end."""
+        while True:
+            match = _BETWEEN.match(self.text, self.at)
+            assert match is not None
+            self.advance(match.end())
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self.read_more():
+                return ""
+
+
+def _parse(decoder: json.JSONDecoder, window: _Window, name: str) -> tuple[Any, int]:
+    """The entry at the window's place and where it ends; the window grows until it holds all of it."""
+    while True:
+        problem = "too long"
+        try:
+            value, end = decoder.raw_decode(window.text, window.at)
+            if end < len(window.text) or window.ended:  # a number goes on in the next block, maybe
+                return value, end
+        except json.JSONDecodeError as error:
+            problem = error.msg
+        if len(window.text) - window.at > MAX_CHARACTERS or not window.read_more():
+            raise InputError(f"{name} is not valid JSON ({problem})")
