@@ -8,14 +8,16 @@ by name alone. CLIP's ``logit_scale`` must stay out: DeepSpeed cannot broadcast 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from llava_genhancer.errors import InputError
+from llava_genhancer.errors import InputError, reason
 from llava_genhancer.recipes import Recipe
 from llava_genhancer.toyworld.paths import resolve
 
@@ -77,6 +79,11 @@ class VisionBackbone(nn.Module):
         return pooled if self.visual_projection is None else self.visual_projection(pooled)
 
 
+def locate(name: str) -> str:
+    """A backbone's folder or hub id as transformers takes it: toy-world names and ``~`` written out."""
+    return os.path.expanduser(resolve(name))
+
+
 def check_backbone(name: str) -> str:
     """The backbone's ``model_type``, read from its config alone (before any weight is loaded).
 
@@ -85,15 +92,15 @@ def check_backbone(name: str) -> str:
     """
     from transformers import AutoConfig
 
-    path = resolve(name)
-    looks_local = path.startswith((".", "/", "~")) or Path(path).exists()
-    if looks_local and not (Path(path).expanduser() / "config.json").is_file():
+    path = locate(name)
+    looks_local = path.startswith((".", "/")) or Path(path).exists()
+    if looks_local and not (Path(path) / "config.json").is_file():
         raise InputError(f"backbone {name}: no config.json there; give the folder of a CLIPModel or SiglipModel")
     try:
-        config = AutoConfig.from_pretrained(str(Path(path).expanduser()) if looks_local else path)
+        config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"backbone {name} cannot be loaded ({str(error).splitlines()[0]}): give a local folder, or a hub id this "
+            f"backbone {name} cannot be loaded ({reason(error)}): give a local folder, or a hub id this "
             "machine can reach (HF_TOKEN for gated ones)"
         ) from None
     if config.model_type not in FULL_MODELS:
@@ -113,14 +120,13 @@ def load_full_model(name: str) -> nn.Module:
     import transformers
 
     model_type = check_backbone(name)
-    path = resolve(name)
-    path = str(Path(path).expanduser()) if path.startswith("~") else path
+    path = locate(name)
     try:
         model, info = getattr(transformers, FULL_MODELS[model_type]).from_pretrained(
             path, dtype=torch.float32, output_loading_info=True, use_safetensors=_safetensors_or_any(path)
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"backbone {name}: weights cannot be loaded ({str(error).splitlines()[0]})") from None
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"backbone {name}: weights cannot be loaded ({reason(error)})") from None
     missing = sorted(info["missing_keys"]) + sorted(map(str, info.get("mismatched_keys", [])))
     if missing:
         raise InputError(
@@ -144,11 +150,10 @@ def load_image_statistics(name: str) -> tuple[list[float], list[float]]:
     from transformers import AutoImageProcessor
 
     try:
-        processor = AutoImageProcessor.from_pretrained(resolve(name))
+        processor = AutoImageProcessor.from_pretrained(locate(name))
     except (OSError, ValueError, ImportError) as error:
         raise InputError(
-            f"backbone {name}: no usable image processor ({str(error).splitlines()[0]}); "
-            "its folder needs preprocessor_config.json"
+            f"backbone {name}: no usable image processor ({reason(error)}); its folder needs preprocessor_config.json"
         ) from None
     return list(processor.image_mean), list(processor.image_std)
 

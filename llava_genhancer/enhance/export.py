@@ -17,13 +17,13 @@ from llava_genhancer.enhance.backbones import (
     add_lora,
     load_full_model,
     load_image_statistics,
+    locate,
     merged_state,
 )
 from llava_genhancer.enhance.stages import STAGES, WEIGHTS, stage_recipe
 from llava_genhancer.errors import InputError
 from llava_genhancer.recipes import Recipe, to_dict
 from llava_genhancer.tower.export import MARKER, save_tower, verify_tower
-from llava_genhancer.toyworld.paths import resolve
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-4  # largest allowed |merged - LoRA-wrapped| global token, relative to the largest token entry
@@ -62,7 +62,7 @@ def export_tower(run_dir: Path, output_dir: Path, recipe: Recipe, *, step: int |
     if recipe.lora_scale == 1 and recipe.merge_dtype == "float32":
         _check_merge(wrapped, full)
     del wrapped
-    save_tower(full, output_dir, source=resolve(recipe.backbone), marker=marker)
+    save_tower(full, output_dir, source=locate(recipe.backbone), marker=marker)
     verify_tower(output_dir)
     reloaded = load_full_model(str(output_dir)).state_dict()
     for name, value in merged.items():
