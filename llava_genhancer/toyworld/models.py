@@ -1,7 +1,7 @@
 """The toy world's models as ordinary Hugging Face folders: a CLIP, a VAE, and a SigLIP of random weights for tests.
 
-``python -m llava_genhancer.toyworld.models --output DIR`` trains and writes what is shipped under ``weights/`` (about
-ten minutes on one core; ``training.py`` has the loops).
+``python -m llava_genhancer.toyworld.models --output DIR`` trains and writes what is shipped under ``weights/``, the
+Llama of ``language.py`` too (about twenty minutes on one core; ``training.py`` has the loops).
 
 Shapes: B images, 3 x 48 x 48; 6 x 6 patches of 8 pixels; embeddings of 96. VAE latents: 8 x 12 x 12.
 """
@@ -152,26 +152,29 @@ def load_clip(folder: str | Path) -> tuple[CLIPModel, CLIPTokenizer]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train both models and write them to ``--output``/clip and ``--output``/vae."""
-    from llava_genhancer.toyworld import training
-
+    """Train the models and write them to ``--output``/clip, /vae and /llama."""
     parser = argparse.ArgumentParser(prog="python -m llava_genhancer.toyworld.models", description=main.__doc__)
-    parser.add_argument("--output", required=True, type=Path, help="folder to write clip/ and vae/ into")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write clip/, vae/ and llama/ into")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, default=24_000, help="rendered training images")
+    parser.add_argument("--images", type=int, default=24_000, help="rendered training images for CLIP and VAE")
     parser.add_argument("--threads", type=int, default=1, help="the exact weights depend on this number too")
-    parser.add_argument("--only", choices=("clip", "vae"), help="train one of the two")
+    parser.add_argument("--only", choices=("clip", "vae", "llama"), help="train one of the three")
     arguments = parser.parse_args(argv)
+    from llava_genhancer.toyworld import language, training
+
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(arguments.threads)
     logger.info("seed %d, %d thread(s)", arguments.seed, arguments.threads)
+    chosen = [arguments.only] if arguments.only else ["clip", "vae", "llama"]
+    if "llama" in chosen:
+        language.save_llama(language.train_llama(seed=arguments.seed), arguments.output / "llama", half=True)
+    if chosen == ["llama"]:
+        return
     world = training.render_pool(arguments.images, arguments.seed)
-    if arguments.only != "vae":
-        clip = training.train_clip(world, seed=arguments.seed)
-        save_clip(clip, arguments.output / "clip", half=True)
-    if arguments.only != "clip":
-        vae = training.train_vae(world, seed=arguments.seed)
-        save_vae(vae, arguments.output / "vae", half=True)
+    if "clip" in chosen:
+        save_clip(training.train_clip(world, seed=arguments.seed), arguments.output / "clip", half=True)
+    if "vae" in chosen:
+        save_vae(training.train_vae(world, seed=arguments.seed), arguments.output / "vae", half=True)
 
 
 if __name__ == "__main__":

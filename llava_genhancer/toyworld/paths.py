@@ -5,11 +5,11 @@ from pathlib import Path
 
 CACHE_NAME = "toyworld-v1"
 _WEIGHTS = Path(__file__).parent / "weights"
-_SHIPPED = {"toyworld:clip": _WEIGHTS / "clip", "toyworld:vae": _WEIGHTS / "vae"}
+_SHIPPED = {f"toyworld:{name}": _WEIGHTS / name for name in ("clip", "vae", "llama")}
 
 
 def resolve(name: str) -> str:
-    """``"toyworld:clip"`` and ``"toyworld:vae"`` as the absolute folders of the shipped weights; others unchanged."""
+    """``"toyworld:clip"``, ``:vae`` and ``:llama`` as the absolute folders of the shipped weights; others unchanged."""
     return str(_SHIPPED[name].resolve()) if name in _SHIPPED else name
 
 

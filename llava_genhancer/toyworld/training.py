@@ -46,7 +46,9 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     return (images.float() / 255 - offset) / scale
 
 
-def _schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LRScheduler:
+def schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """Linear warm-up under a cosine that ends at zero."""
+
     def factor(step: int) -> float:
         return min((step + 1) / warmup, 0.5 + 0.5 * float(np.cos(np.pi * step / steps)))
 
@@ -69,7 +71,7 @@ def train_clip(
     rng = Random(seed)
     model = CLIPModel(models.build_clip_config(len(tokenizer)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.1)
-    schedule = _schedule(optimizer, steps, warmup=max(1, steps // 10))
+    rates = schedule(optimizer, steps, warmup=max(1, steps // 10))
     start, mean_loss = time.perf_counter(), 0.0
     for step in range(steps):
         chosen = [rng.randrange(len(pool.scenes)) for _ in range(batch_size)]
@@ -83,7 +85,7 @@ def train_clip(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
+        rates.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=4.6052)  # ln 100, as OpenAI did
         mean_loss += (loss.item() - mean_loss) / min(step + 1, 50)
@@ -100,7 +102,7 @@ def train_vae(
     generator = torch.Generator().manual_seed(seed)
     vae = models.build_vae()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, weight_decay=0.01)
-    schedule = _schedule(optimizer, steps, warmup=100)
+    rates = schedule(optimizer, steps, warmup=100)
     start = time.perf_counter()
     for step in range(steps):
         chosen = torch.randint(len(pool.images), (batch_size,), generator=generator)
@@ -114,7 +116,7 @@ def train_vae(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
+        rates.step()
         if (step + 1) % 100 == 0:
             psnr = 10 * torch.log10(4 / error.detach().square().mean())
             logger.info("vae %d/%d psnr %.1f dB, %.0f s", step + 1, steps, psnr, time.perf_counter() - start)

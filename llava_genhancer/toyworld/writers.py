@@ -1,4 +1,4 @@
-"""The toy world as files: caption shards for training, and pair sets in MMVP-VLM's official layout."""
+"""The toy world as files: caption shards, pair sets in MMVP-VLM's layout, LLaVA's two JSON files, questions."""
 
 import csv
 import hashlib
@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from PIL import Image
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.toyworld import scenes
+from llava_genhancer.toyworld import questions, scenes
 from llava_genhancer.toyworld.paths import cache_folder, resolve
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,9 @@ TRAIN_IMAGES = 8192
 PAIRS_PER_PATTERN = 15
 IMAGE_FOLDER = "MLLM_VLM Images"
 HEADER = ("Question ID", "Type", "Statement")
+LLAVA_IMAGES = 6400
+TEXT_ONLY_SHARE = 0.05
+QUESTIONS_PER_DETAIL = 120
 
 
 def _jpeg(image: Image.Image) -> bytes:
@@ -105,20 +109,77 @@ def write_mmvp(folder: str | Path, split: str, seed: int, pairs_per_pattern: int
     return folder
 
 
+def write_llava(folder: str | Path, num_images: int, seed: int) -> Path:
+    """Write ``pretrain.json`` (captions) and ``finetune.json`` (conversations) in LLaVA's layout, with ``images/``.
+
+    Both are about the same ``num_images`` training scenes. In ``finetune.json`` every image has one conversation in one
+    form, and a few samples more have no image and describe their scene in words.
+    """
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng = Random(seed)
+    captions, conversations = [], []
+    for index in range(num_images):
+        scene = scenes.sample_scene(rng, "train")
+        name = f"{index:06d}.jpg"
+        (folder / "images" / name).write_bytes(_jpeg(scenes.render(scene)))
+        text = scenes.caption(scene, rng, questions.CAPTION_PROBABILITY)
+        captions.append(questions.record(f"{index:06d}", [(rng.choice(questions.REQUESTS), text)], name))
+        conversations.append(questions.record(f"{index:06d}", questions.conversation(scene, rng), name))
+    for index in range(round(num_images * TEXT_ONLY_SHARE)):
+        scene = scenes.sample_scene(rng, "train")
+        conversations.append(questions.record(f"text-{index:06d}", questions.text_conversation(scene, rng)))
+    rng.shuffle(conversations)
+    for name, samples in (("pretrain", captions), ("finetune", conversations)):
+        (folder / f"{name}.json").write_text(json.dumps(samples, indent=1))
+    return folder
+
+
+def write_questions(folder: str | Path, split: str, seed: int, per_detail: int) -> Path:
+    """Write ``questions.json`` about fresh scenes of ``split``, with ``images/``.
+
+    It lists ``{"id", "image", "detail", "question", "options", "answer"}``, where ``options[answer]`` is right. Every
+    value of a detail is right equally often (as nearly as ``per_detail`` allows), and no scene occurs twice.
+    """
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng = Random(seed)
+    seen: set[str] = set()
+    asked: list[dict[str, Any]] = []
+    for detail, values in scenes.DETAILS.items():
+        for index in range(per_detail):
+            while True:
+                scene = scenes.sample_scene(rng, split)
+                if getattr(scene, detail) == values[index % len(values)] and scene.key() not in seen:
+                    break
+            seen.add(scene.key())
+            name = f"{len(asked):06d}.jpg"
+            (folder / "images" / name).write_bytes(_jpeg(scenes.render(scene)))
+            q = questions.question(scene, detail, "short", rng)
+            facts = {"detail": detail, "question": q.text, "options": q.options, "answer": q.truth}
+            asked.append({"id": f"{len(asked):06d}", "image": name} | facts)
+    (folder / "questions.json").write_text(json.dumps(asked, indent=1))
+    return folder
+
+
 @dataclass(frozen=True)
 class ToyWorld:
-    """Folders of a prepared toy world. ``clip`` and ``vae`` are the shipped weights, the others rendered ones."""
+    """Folders of a prepared toy world. ``clip``, ``vae`` and ``llama`` are shipped weights, the others rendered."""
 
     clip: Path
     vae: Path
+    llama: Path
     shards: Path
     mmvp_dev: Path
     mmvp_test: Path
+    llava: Path
+    questions_dev: Path
+    questions_test: Path
 
 
 def _digest() -> str:
     """Changes whenever the code that draws or writes the world does."""
-    source = b"".join(Path(file).read_bytes() for file in (scenes.__file__, __file__))
+    source = b"".join(Path(file).read_bytes() for file in (scenes.__file__, questions.__file__, __file__))
     return hashlib.sha256(source).hexdigest()
 
 
@@ -155,7 +216,7 @@ def _render(target: Path, write: Callable[[Path], object]) -> None:
 def prepare(cache_dir: str | Path | None = None) -> ToyWorld:
     """Render what is missing of the toy world into its cache folder (see ``cache_folder``), and say where all is.
 
-    Takes about ten seconds the first time and nothing later. Safe to call from several processes at once.
+    Takes about half a minute the first time and nothing later. Safe to call from several processes at once.
 
     Raises:
         InputError: the cache folder cannot be written.
@@ -166,6 +227,9 @@ def prepare(cache_dir: str | Path | None = None) -> ToyWorld:
         _render(folder / "shards", lambda new: write_shards(new, TRAIN_IMAGES, seed=1))
         _render(folder / "mmvp_dev", lambda new: write_mmvp(new, "dev", seed=2))
         _render(folder / "mmvp_test", lambda new: write_mmvp(new, "test", seed=3))
+        _render(folder / "llava", lambda new: write_llava(new, LLAVA_IMAGES, seed=4))
+        _render(folder / "questions_dev", lambda new: write_questions(new, "dev", 5, QUESTIONS_PER_DETAIL))
+        _render(folder / "questions_test", lambda new: write_questions(new, "test", 6, QUESTIONS_PER_DETAIL))
     except OSError as error:
         raise InputError(
             f"cannot write the toy world into {folder} ({error.strerror or error}); "
@@ -174,7 +238,11 @@ def prepare(cache_dir: str | Path | None = None) -> ToyWorld:
     return ToyWorld(
         clip=Path(resolve("toyworld:clip")),
         vae=Path(resolve("toyworld:vae")),
+        llama=Path(resolve("toyworld:llama")),
         shards=folder / "shards",
         mmvp_dev=folder / "mmvp_dev",
         mmvp_test=folder / "mmvp_test",
+        llava=folder / "llava",
+        questions_dev=folder / "questions_dev",
+        questions_test=folder / "questions_test",
     )

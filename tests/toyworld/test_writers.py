@@ -66,8 +66,12 @@ def test_prepared_pair_sets_hold_no_scene_twice(tmp_path, monkeypatch):
     assert [scene.split() for scene in seen] == ["dev"] * 270 + ["test"] * 270
 
 
+SMALL = {"TRAIN_IMAGES": 60, "LLAVA_IMAGES": 40, "QUESTIONS_PER_DETAIL": 6}
+
+
 def _prepare_small(folder):
-    writers.TRAIN_IMAGES = 60
+    for name, value in SMALL.items():
+        setattr(writers, name, value)
     writers.prepare(folder)
 
 
@@ -79,8 +83,10 @@ def test_prepare_renders_once_even_when_three_ask_at_once(tmp_path, monkeypatch)
     for asker in askers:
         asker.join()
     assert [asker.exitcode for asker in askers] == [0, 0, 0]
-    assert sorted(os.listdir(tmp_path)) == ["mmvp_dev", "mmvp_test", "shards"], "scratch folders were left behind"
-    monkeypatch.setattr(writers, "TRAIN_IMAGES", 60)
+    rendered = ["llava", "mmvp_dev", "mmvp_test", "questions_dev", "questions_test", "shards"]
+    assert sorted(os.listdir(tmp_path)) == rendered, "scratch folders were left behind"
+    for name, value in SMALL.items():
+        monkeypatch.setattr(writers, name, value)
     before = _tree(tmp_path)
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     world = writers.prepare(tmp_path)

@@ -1,0 +1,220 @@
+"""Does a LLaVA know the answer? Questions with known options, judged by likelihood: nothing is sampled or parsed.
+
+An option is put where the assistant would answer, exactly as in training, and scored by the sum of its tokens'
+log-probabilities, end token included. The option with the highest score is the model's answer.
+
+Legend: B rows, a question with one of its options each; L tokens, V vocabulary, N images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from llava_genhancer.data.decode import BadImage, decode
+from llava_genhancer.errors import InputError
+from llava_genhancer.evaluate.question_results import BLIND, Answer, QuestionResult, save_results
+from llava_genhancer.evaluate.words import p_value, percent
+from llava_genhancer.llava.conversation import IGNORE_INDEX, IMAGE, IMAGE_TOKEN_INDEX, Encoded, Turn, encode
+from llava_genhancer.run import read_json, sha256
+
+FILE = "questions.json"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One entry of ``questions.json``; ``options[answer]`` is right."""
+
+    id: str
+    image: Path
+    detail: str
+    question: str
+    options: tuple[str, ...]
+    answer: int
+
+
+def load_questions(folder: str | Path) -> list[Question]:
+    """The questions of a folder with ``questions.json`` and ``images/``.
+
+    Raises:
+        InputError: missing or malformed file, an image outside the folder or not there.
+    """
+    folder = Path(folder).expanduser()
+    images = (folder / "images").resolve()
+    entries = read_json(folder / FILE)
+    questions = []
+    for number, entry in enumerate(entries if isinstance(entries, list) else []):
+        try:
+            path = (images / entry["image"]).resolve()
+            options = tuple(str(option) for option in entry["options"])
+            answer = int(entry["answer"])
+            question = Question(str(entry["id"]), path, str(entry["detail"]), str(entry["question"]), options, answer)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{folder / FILE}: entry {number} is no question ({type(error).__name__}: {error})"
+            ) from None
+        if not (path.is_relative_to(images) and path.is_file()):
+            raise InputError(f"{folder / FILE}: entry {number}: no image {entry['image']!r} in {images}")
+        if not (len(set(options)) == len(options) >= 2 and 0 <= answer < len(options)):
+            raise InputError(f"{folder / FILE}: entry {number}: give two different options at least, and the right one")
+        questions.append(question)
+    if not questions:
+        raise InputError(f"{folder / FILE} holds no list of questions")
+    return questions
+
+
+def option_rows(question: Question, template: str, tokenizer: Any, image_id: int, image_tokens: int) -> list[Encoded]:
+    """One row per option: ids with ``image_tokens`` times ``image_id`` for the image, labels where the answer is."""
+    rows = []
+    for option in question.options:
+        encoded = encode([Turn(f"{IMAGE}\n{question.question}", option)], template, tokenizer)
+        place = encoded.input_ids.index(IMAGE_TOKEN_INDEX)
+        for values, fill in ((encoded.input_ids, image_id), (encoded.labels, IGNORE_INDEX)):
+            values[place : place + 1] = [fill] * image_tokens
+        rows.append(encoded)
+    return rows
+
+
+def pad(rows: Sequence[Encoded]) -> dict[str, Tensor]:
+    """``input_ids``, ``labels`` and ``attention_mask`` (B, L), padded on the right."""
+    length = max(len(row.input_ids) for row in rows)
+
+    def filled(lists: Sequence[list[int]], value: int) -> Tensor:
+        return torch.tensor([x + [value] * (length - len(x)) for x in lists])
+
+    return {
+        "input_ids": filled([row.input_ids for row in rows], 0),
+        "labels": filled([row.labels for row in rows], IGNORE_INDEX),
+        "attention_mask": filled([[1] * len(row.input_ids) for row in rows], 0),
+    }
+
+
+def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of the labelled tokens' log-probabilities (B,), from ``logits`` (B, L, V) that predict the next token."""
+    targets = labels[:, 1:]
+    losses = F.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    return -losses.sum(1)
+
+
+@torch.inference_mode()
+def answer_questions(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    template: str,
+    *,
+    blank: bool = False,
+    batch_size: int = 64,
+) -> list[Answer]:
+    """The model's answers, in the questions' order.
+
+    Args:
+        model, processor: from :func:`llava_genhancer.llava.chat.load_llava`.
+        template: name of the conversation template that the model was trained with.
+        blank: show an image of the mean colour instead of the question's.
+        batch_size: rows per forward, in whole questions; it changes speed and memory only.
+    """
+    from tqdm import tqdm
+
+    config = model.config
+    answers: list[Answer] = []
+    with tqdm(total=len(questions), desc="questions", unit="q", disable=None, leave=False) as bar:
+        for batch in _batches(questions, batch_size):
+            rows = [
+                row
+                for q in batch
+                for row in option_rows(q, template, processor.tokenizer, config.image_token_id, config.image_seq_length)
+            ]
+            images = [_blank(processor) if blank else _open(q.image) for q in batch]
+            pixels = processor.image_processor(images, return_tensors="pt").pixel_values  # (N, 3, H, W)
+            counts = torch.tensor([len(q.options) for q in batch])
+            inputs = pad(rows)
+            labels = inputs.pop("labels")
+            logits = model(
+                **{name: value.to(model.device) for name, value in inputs.items()},
+                pixel_values=pixels.repeat_interleave(counts, 0).to(model.device, model.dtype),
+            ).logits
+            scores = log_likelihood(logits, labels.to(logits.device)).cpu()
+            for q, own in zip(batch, scores.split(counts.tolist()), strict=True):
+                answers.append(Answer(q.id, q.detail, len(q.options), q.answer, int(own.argmax())))
+            bar.update(len(batch))
+    return answers
+
+
+def _batches(questions: Sequence[Question], rows: int) -> Iterator[list[Question]]:
+    """Whole questions in order, with at most ``rows`` options in all; a question with more stands alone."""
+    batch: list[Question] = []
+    for question in questions:
+        if batch and sum(len(q.options) for q in [*batch, question]) > rows:
+            yield batch
+            batch = []
+        batch.append(question)
+    if batch:
+        yield batch
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return decode(path)
+    except BadImage as error:
+        raise InputError(f"{path} cannot be used: {error}") from None
+
+
+def _blank(processor: Any) -> Image.Image:
+    """What LLaVA pads with, and nothing else."""
+    mean = processor.image_processor.image_mean
+    return Image.new("RGB", (64, 64), tuple(int(255 * value) for value in mean))
+
+
+def run(
+    checkpoints: Mapping[str, str | Path],
+    data: str | Path,
+    output: str | Path,
+    *,
+    template: str = "v1",
+    batch_size: int = 64,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Ask every checkpoint, and the first also without its image; print a table and write the JSON.
+
+    Args:
+        checkpoints: label to folder, HF's form or the original's; the others are compared with the first.
+        data: folder with ``questions.json`` and ``images/``.
+        output: the JSON to write.
+
+    Returns:
+        What the JSON holds.
+
+    Raises:
+        InputError: anything wrong with what was given.
+    """
+    from llava_genhancer.llava.chat import load_llava
+
+    questions = load_questions(data)
+    results: list[QuestionResult] = []
+    for label, checkpoint in checkpoints.items():
+        model, processor = load_llava(checkpoint, device=device)
+        weights = {p.name: sha256(p) for p in sorted(Path(checkpoint).glob("*.safetensors"))}
+        for name, blank in [(label, False)] if results else [(label, False), (BLIND, True)]:
+            answers = answer_questions(model, processor, questions, template, blank=blank, batch_size=batch_size)
+            results.append(QuestionResult(name, str(checkpoint), weights, tuple(answers)))
+    results.sort(key=lambda result: result.label == BLIND)  # last
+    measured = save_results(output, results, {"path": str(data), "sha256": sha256(Path(data) / FILE)})
+    for result in results:
+        print(f"{result.label:12} {percent(result.average)} of {len(questions)} questions")
+    for other in measured["comparisons"]:
+        c = other["all"]
+        print(
+            f"{other['label']} against {other['against']}: {c['difference']:+.1f} points, p {p_value(c['mcnemar_p'])}"
+        )
+    print(f"results: {output}")
+    return measured
