@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from llava_genhancer import __version__, recipes
 from llava_genhancer.errors import InputError
+from llava_genhancer.llava.commands import add_verbs as add_llava_verbs
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,7 +80,7 @@ def _run(argv: list[str]) -> int:
     if rest:
         name = rest[0].partition("=")[0]
         if hasattr(args, "fields") and name.startswith("--"):
-            recipes.override(recipes.Recipe(), {name[2:]: ""})  # raises, with the nearest name
+            recipes.override(args.any_recipe, {name[2:]: ""})  # raises, with the nearest name
         parser.error(f"unknown argument {name}; see `llava-genhancer {args.verb} --help`")
     level = logging.INFO if args.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr)
@@ -144,6 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch_size", type=int, default=64)
     sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
 
+    llava = "Train LLaVA-1.5 with a tower, export it to both forms, talk to it."
+    add_llava_verbs(verbs.add_parser("llava", help=llava, description=llava), _add_fields)
+
     sub = verb("report", _report, "Write report.md, report.json and figures/ for a run.")
     sub.add_argument("run_dir", metavar="RUN")
 
@@ -163,10 +167,14 @@ class _Field(argparse.Action):
         namespace.fields = {**namespace.fields, self.metavar: values}
 
 
-def _add_fields(parser: argparse.ArgumentParser) -> None:
-    """Make every recipe field an option. (As unknown arguments, their values would be taken for the RECIPE.)"""
-    parser.set_defaults(fields={})
-    for name in recipes.field_types(recipes.Recipe):
+def _add_fields(parser: argparse.ArgumentParser, recipe: Any = None) -> None:
+    """Make every field of ``recipe``'s class (default: Recipe) an option.
+
+    As unknown arguments, their values would be taken for the RECIPE.
+    """
+    recipe = recipe or recipes.Recipe()
+    parser.set_defaults(fields={}, any_recipe=recipe)
+    for name in recipes.field_types(type(recipe)):
         parser.add_argument(
             f"--{name}", metavar=name, dest="fields", action=_Field, default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )

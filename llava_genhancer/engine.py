@@ -197,13 +197,14 @@ def _numel(parameter: Any) -> int:
 
 
 def _add_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    total: dict[str, Any] = {"read": 0, "skipped": 0, "by_reason": {}, "keys": []}
-    for report in reports:
-        total["read"] += report["read"]
-        total["skipped"] += report["skipped"]
-        for reason, count in report["by_reason"].items():
-            total["by_reason"][reason] = total["by_reason"].get(reason, 0) + count
-        total["keys"] += report["keys"]
+    """Ranks' reports as one; what every rank saw of the whole data (``left_out``) is the same in all."""
+    total = dict(reports[0])
+    for report in reports[1:]:
+        for name, value in report.items():
+            if isinstance(value, dict) and name != "left_out":
+                total[name] = {k: total[name].get(k, 0) + value.get(k, 0) for k in {**total[name], **value}}
+            elif not isinstance(value, dict):
+                total[name] = total[name] + value
     return total
 
 

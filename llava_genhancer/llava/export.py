@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llava_genhancer import run
+from llava_genhancer.engine import stage_result
 from llava_genhancer.errors import InputError
 from llava_genhancer.llava.checkpoint import Checkpoint, raw_config
 from llava_genhancer.llava.hf import write_hf
@@ -26,28 +27,35 @@ from llava_genhancer.trainer import FINAL_FILE
 log = logging.getLogger(__name__)
 
 
-def export_step(recipe: LlavaRecipe, step: str, folder: Path) -> list[Path]:
+def export_step(recipe: LlavaRecipe, step: str, folder: Path, output_dir: Path | None = None) -> list[Path]:
     """Write what a finished step is good for elsewhere; what is there already for the same weights is left alone.
+
+    Args:
+        folder: the step's folder.
+        output_dir: where to; the step's folder if absent.
 
     Returns:
         ``llava/`` with ``mm_projector.bin`` after pretraining; ``hf/`` and ``llava/`` after finetuning (``llava/`` only
         for language models that the original code knows).
     """
-    weights = folder / FINAL_FILE
-    facts = {"step": step, "weights_sha256": run.read_json(folder / "result.json")["weights_sha256"]}
+    output_dir = output_dir or folder
+    result = stage_result(folder)
+    if result is None:
+        raise InputError(f"{folder} is not finished: run `llava-genhancer llava {step}` again")
+    facts = {"step": step, "weights_sha256": result["weights_sha256"]}
     writers: dict[str, Callable[[Checkpoint, Path], None]] = {"hf": write_hf, "llava": write_llava}
     if step == "pretrain":
         writers = {"llava": write_llava_projector}
     elif read_config(recipe.llm, "llm").model_type not in ORIGINAL:
         log.warning("%s: the original LLaVA has no class for this language model; only hf/ is written", recipe.llm)
         del writers["llava"]
-    stale = [n for n in writers if run.complete_facts(folder / n, verify=False) != facts]
+    stale = [n for n in writers if run.complete_facts(output_dir / n, verify=False) != facts]
     if stale:
-        checkpoint = collect(recipe, step, weights)
+        checkpoint = collect(recipe, step, folder / FINAL_FILE)
         for name in stale:
-            with _written(folder / name, facts) as staging:
+            with _written(output_dir / name, facts) as staging:
                 writers[name](checkpoint, staging)
-    return [folder / name for name in writers]
+    return [output_dir / name for name in writers]
 
 
 def collect(recipe: LlavaRecipe, step: str, weights: Path) -> Checkpoint:

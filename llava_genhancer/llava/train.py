@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import time
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,7 @@ def _train(recipe: LlavaRecipe, step: str, folder: Path, projector: Path | None,
     table = recipe.step(step)
     started = time.time()
     assert table.data is not None  # _check refuses that
+    assert table.data is not None
     samples = read_samples(table.data, table.image_folder)
     args = training_arguments(recipe, step, folder, deepspeed, len(samples))
     loader = build_loader(recipe, table, samples, rank=args.process_index, world_size=args.world_size)
@@ -152,7 +154,9 @@ def build_trainer(recipe: LlavaRecipe, step: str, model: Llava, args: TrainingAr
     if recipe.gradient_checkpointing:
         # ZeRO-3's weights change their shape between the two forward passes, which only the reentrant kind accepts.
         reentrant = engine.zero_stage(args) == 3
-        model.language_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its new name came after the oldest transformers we support
+            model.language_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     return LlavaTrainer(
         model,
         args,

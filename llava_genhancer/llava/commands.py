@@ -1,0 +1,132 @@
+"""The verbs below ``llava-genhancer llava``. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llava_genhancer import recipes
+from llava_genhancer.errors import InputError
+from llava_genhancer.llava.recipes import RECIPES, LlavaRecipe, get_recipe
+
+AddFields = Callable[[argparse.ArgumentParser, Any], None]
+
+
+def add_verbs(parser: argparse.ArgumentParser, add_fields: AddFields) -> None:
+    """Add the verbs to ``parser``; ``add_fields`` makes a recipe's fields options of one."""
+    verbs = parser.add_subparsers(dest="llava_verb", required=True, metavar="VERB", parser_class=type(parser))
+
+    def verb(name: str, run: Callable[[Any], int | None], help: str, **kwargs: Any) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=help, description=help, **kwargs)
+        sub.add_argument("--verbose", action="store_true", help="say what is being done")
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = verb("recipes", _recipes, "List LLaVA's recipes, or print every field of one.")
+    sub.add_argument("recipe", nargs="?")
+    sub.add_argument("--json", action="store_true", help="machine-readable")
+
+    fields = "Any recipe field can be set, for example --llm DIR --finetune.global_batch_size 64."
+    data = "Needs --{0}.data FILE.json and --{0}.image_folder DIR. The same command resumes."
+    for step, what in (("pretrain", "the projector, on captions"), ("finetune", "language model and projector")):
+        sub = verb(step, _train, f"Train {what}. {data.format(step)}", epilog=fields)
+        sub.add_argument("recipe", nargs="?", help=f"one of {', '.join(RECIPES)}")
+        sub.add_argument("--config", metavar="MANIFEST", help="take the recipe of an earlier manifest.json instead")
+        sub.add_argument("--output_dir", metavar="RUN", required=True, help=f"run folder; its llava-{step}/ is written")
+        sub.add_argument("--deepspeed", metavar="JSON", help="e.g. configs/deepspeed/zero2.json")
+        sub.set_defaults(step=step)
+        add_fields(sub, LlavaRecipe())
+
+    sub = verb("export", _export, "Write a finished run's checkpoints again: HF's form and the original LLaVA's.")
+    sub.add_argument("run_dir", metavar="RUN")
+    sub.add_argument("--step", choices=("pretrain", "finetune"), default="finetune")
+    sub.add_argument("--output_dir", metavar="DIR", help="where hf/ and llava/ go (default: the step's own folder)")
+
+    sub = verb("import", _import, "Bring a released LLaVA-1.5, or one trained with its code, into HF's form.")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="folder in the original form")
+    sub.add_argument("--output_dir", metavar="DIR", required=True)
+    sub.add_argument("--tower", metavar="DIR", help="vision tower, instead of the one that the checkpoint names")
+    sub.add_argument("--conversation", default="v1", help="template of its prompts (default: v1)")
+
+    sub = verb("chat", _chat, "Ask a LLaVA about an image, in the terminal.")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="folder in HF's form or the original one")
+    sub.add_argument("image", metavar="IMAGE")
+    sub.add_argument("--question", action="append", default=[], help="may be repeated; without one, type them")
+    sub.add_argument("--max_new_tokens", type=int, default=256)
+    sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    sub.add_argument("--tower", metavar="DIR", help="vision tower, instead of the one that the checkpoint names")
+
+
+def chosen_recipe(name: str | None, config: str | None, fields: Mapping[str, str]) -> LlavaRecipe:
+    """The recipe that a command line asks for.
+
+    Raises:
+        InputError: neither or both of name and manifest, or a field that does not fit.
+    """
+    if (name is None) == (config is None):
+        raise InputError(f"give a LLaVA recipe ({', '.join(RECIPES)}) or --config manifest.json (one of them)")
+    if config is not None:
+        from llava_genhancer.run import recipe_of
+
+        return recipes.override(recipe_of(config, LlavaRecipe), fields)
+    assert name is not None
+    return recipes.override(get_recipe(name), fields)
+
+
+def _recipes(args: Any) -> None:
+    if args.recipe is None:
+        for name in RECIPES:
+            r = get_recipe(name)
+            print(f"{name:16} {r.llm:24} {r.tower:36} {'LoRA ' + str(r.lora_rank) if r.lora_rank else 'full'}")
+        return
+    recipe = get_recipe(args.recipe)
+    values, helps = recipes.to_dict(recipe), recipes.field_help(LlavaRecipe)
+    if args.json:
+        print(json.dumps(values, indent=2))
+        return
+    for name, value in values.items():
+        print(f"--{name} {value}\n      {helps[name]}")
+
+
+def _train(args: Any) -> None:
+    recipe = chosen_recipe(args.recipe, args.config, args.fields)
+    from llava_genhancer.llava.train import train_step
+
+    folder = train_step(recipe, args.step, args.output_dir, deepspeed=args.deepspeed)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"done: {folder}")
+
+
+def _export(args: Any) -> None:
+    from llava_genhancer.llava.export import export_step
+    from llava_genhancer.llava.train import step_dir
+    from llava_genhancer.run import recipe_of
+
+    folder = step_dir(args.run_dir, args.step)
+    output = folder if args.output_dir is None else Path(args.output_dir)
+    for path in export_step(recipe_of(folder, LlavaRecipe), args.step, folder, output):
+        print(f"done: {path}")
+
+
+def _import(args: Any) -> None:
+    from llava_genhancer.llava.export import import_llava
+
+    folder = import_llava(args.checkpoint, args.output_dir, tower=args.tower, conversation=args.conversation)
+    print(f"done: {folder}")
+
+
+def _chat(args: Any) -> None:
+    from llava_genhancer.llava.chat import chat
+
+    chat(
+        args.checkpoint,
+        args.image,
+        questions=args.question,
+        max_new_tokens=args.max_new_tokens,
+        device=args.device,
+        tower=args.tower,
+    )
