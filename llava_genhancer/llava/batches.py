@@ -21,7 +21,7 @@ from llava_genhancer.llava.conversation import check_template
 from llava_genhancer.llava.dataset import Collator, ImageView, LlavaDataset, load_image_processor
 from llava_genhancer.llava.model import llava_config, local
 from llava_genhancer.llava.recipes import LlavaRecipe, LlavaStep
-from llava_genhancer.llava.samples import Samples
+from llava_genhancer.llava.samples import Samples, summary
 from llava_genhancer.llava.tokenizer import load_tokenizer
 
 
@@ -125,10 +125,8 @@ class LlavaLoader:
         self.rank, self.world_size, self.max_bad_fraction = rank, world_size, max_bad_fraction
         left_out = dataset.samples.report
         if left_out.skipped > max_bad_fraction * left_out.read and left_out.read >= MIN_READ:
-            reasons = ", ".join(f"{reason} ({count})" for reason, count in left_out.by_reason.items())
             raise InputError(
-                f"data {dataset.samples.path}: {left_out.skipped} of {left_out.read} entries cannot be used ({reasons}):"
-                " fix the data, or raise --max_bad_fraction"
+                f"data {dataset.samples.path}: {summary(left_out)}; fix the data, or raise --max_bad_fraction"
             )
         self._given = 0
         self._report = LlavaReport(left_out=dict(left_out.by_reason))
@@ -181,10 +179,10 @@ class LlavaLoader:
         for key, reason in skipped:
             report.add(key, reason)
         if report.read >= MIN_READ and report.skipped > self.max_bad_fraction * report.read:
-            last = "; ".join(f"{key}: {reason}" for key, reason in skipped[-3:])
+            last = ", ".join(key for key, _ in skipped[-3:])
             raise InputError(
-                f"data {self.dataset.samples.path}: {report.skipped} of {report.read} samples cannot be used ({last}): "
-                "fix the data, or raise --max_bad_fraction"
+                f"data {self.dataset.samples.path}: {summary(report)} (last {last}); fix the data, or raise "
+                "--max_bad_fraction"
             )
 
     def report(self) -> LlavaReport:

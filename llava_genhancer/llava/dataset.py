@@ -5,7 +5,7 @@ Legend: L tokens of a sample, T tokens of an image, n images of a sample, N imag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -129,11 +129,12 @@ class LlavaDataset(Dataset):
         last = "; ".join(f"{key}: {reason}" for key, reason in skipped[-3:])
         return {"problem": f"{len(skipped)} samples in a row cannot be used ({last})"}
 
-    def _candidates(self, position: int) -> list[int]:
+    def _candidates(self, position: int) -> Iterator[int]:
         """The sample, then those of its kind after it, from the first one on after the last."""
+        yield position
         of_kind = np.flatnonzero((self.samples.lengths > 0) == (self.samples.lengths[position] > 0))
         at = int(np.searchsorted(of_kind, position))
-        return np.take(of_kind, range(at, at + min(MAX_IN_A_ROW, len(of_kind))), mode="wrap").tolist()
+        yield from np.take(of_kind, range(at + 1, at + min(MAX_IN_A_ROW, len(of_kind))), mode="wrap").tolist()
 
     def _item(self, sample: Sample) -> dict[str, Any]:
         whole = encode(sample.turns, self.template, self.tokenizer, images=bool(sample.images))

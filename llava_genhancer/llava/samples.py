@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import ntpath
 import os
-import posixpath
+import re
+from array import array
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ from llava_genhancer.llava.entries import read_entries
 
 log = logging.getLogger(__name__)
 ROLES = ("human", "gpt")
+# A path that is absolute (on any system), climbs, or is none. Links inside the folder are the user's own affair.
+_OUTSIDE = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|\0")
 
 
 class BadSample(Exception):
@@ -83,6 +85,12 @@ class Samples:
         return os.path.join(self.image_folder, name)
 
 
+def summary(report: SkipReport) -> str:
+    """How many were skipped, and why; "" if none."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in report.by_reason.items())
+    return f"{report.skipped} of {report.read} cannot be used: {reasons}" if reasons else ""
+
+
 def read_samples(path: str | os.PathLike, image_folder: str | os.PathLike | None = None) -> Samples:
     """Scan LLaVA's JSON: ``[{"id", "image"?, "conversations": [{"from": "human" | "gpt", "value"}, ...]}, ...]``.
 
@@ -96,8 +104,7 @@ def read_samples(path: str | os.PathLike, image_folder: str | os.PathLike | None
     if folder and not os.path.isdir(folder):
         raise InputError(f"image_folder {image_folder} does not exist")
     report, digest = SkipReport(), hashlib.blake2b(digest_size=16)
-    index: list[tuple[int, int, int]] = []
-    lengths: list[int] = []
+    index, lengths = array("q"), array("q")
     unshown = 0
     for number, (entry, start, size) in enumerate(read_entries(path, digest)):
         report.read += 1
@@ -106,20 +113,20 @@ def read_samples(path: str | os.PathLike, image_folder: str | os.PathLike | None
         except BadSample as error:
             report.add(_key(entry, number), str(error))
             continue
-        unshown += bool(entry.get("image")) and not sample.images
-        index.append((start, size, number))
+        unshown += not sample.images and bool(entry.get("image"))
+        index.extend((start, size, number))
         lengths.append(sample.words if sample.images else -sample.words)
-    reasons = ", ".join(f"{reason} ({count})" for reason, count in report.by_reason.items())
     if not index:
-        raise InputError(f"data {path} has no usable sample: {reasons or 'it is empty'}")
+        raise InputError(f"data {path} has no usable sample: {summary(report) or 'it is empty'}")
     if max(lengths) > 0 and not folder:
         raise InputError(f"data {path} names images: give image_folder, the root of their paths")
     if report.skipped:
         keys = ", ".join(key for key, _ in report.keys[:3])
-        log.warning("data %s: %d of %d left out: %s; e.g. %s", path, report.skipped, report.read, reasons, keys)
+        log.warning("data %s: %s (%s, ...)", path, summary(report), keys)
     if unshown:
         log.warning("data %s: %d with an image that no <image> shows are read as text", path, unshown)
-    return Samples(path, folder, np.array(index), np.array(lengths), digest.hexdigest(), report)
+    columns = np.frombuffer(index, dtype=np.int64).reshape(-1, 3)
+    return Samples(path, folder, columns, np.frombuffer(lengths, dtype=np.int64), digest.hexdigest(), report)
 
 
 def read_sample(entry: Any, number: int) -> Sample:
@@ -137,7 +144,7 @@ def read_sample(entry: Any, number: int) -> Sample:
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
         raise BadSample("odd image name")
-    if any(_leaves_folder(name) for name in images):
+    if any(_OUTSIDE.search(name) for name in images):
         raise BadSample("image outside the image folder")
     texts = _texts(entry.get("conversations"))
     words = sum(len(text.split()) for text in texts)
@@ -176,14 +183,6 @@ def _texts(conversations: Any) -> list[str]:
 
 def _image_first(text: str) -> str:
     return f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip()
-
-
-def _leaves_folder(name: str) -> bool:
-    """Whether a path is absolute, climbs, or is no path at all; links inside the folder are the user's own affair."""
-    parts = name.replace("\\", "/").split("/")
-    return (
-        posixpath.isabs(name) or ntpath.isabs(name) or bool(ntpath.splitdrive(name)[0]) or ".." in parts or "\0" in name
-    )
 
 
 def _key(entry: Any, number: int) -> str:
