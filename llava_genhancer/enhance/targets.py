@@ -7,14 +7,14 @@ The VAE stays outside the trained module: it is never sharded, checkpointed or c
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from llava_genhancer.errors import InputError
+from llava_genhancer.errors import InputError, reason
 from llava_genhancer.toyworld.paths import resolve
 
 FLUX_VAE_CONFIG = Path(__file__).parent / "flux_vae"
@@ -81,38 +81,49 @@ def check_vae(name: str) -> None:
         raise InputError(f"vae {name}: only .safetensors single files are read (a pickle could run code)")
 
 
-def load_vae_target(name: str, *, dtype: torch.dtype = torch.float32, posterior: Literal["sample", "mean"] = "sample"):
+def load_vae_target(
+    name: str, *, dtype: torch.dtype = torch.float32, posterior: Literal["sample", "mean"] = "sample"
+) -> VaeTarget:
     """Load a VAE from a diffusers folder (or its ``vae/`` subfolder), a hub id, or BFL's single ``ae.safetensors``.
 
     Raises:
         InputError: nothing loadable there.
     """
     from diffusers import AutoencoderKL
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     check_vae(name)
     path = Path(resolve(name)).expanduser()
+    options = {"torch_dtype": dtype, "output_loading_info": True}
     try:
         if path.is_file():
             # The config is given, never asked of the hub; it states FLUX.1's VAE (16 channels, .3611, .1159).
             vae = AutoencoderKL.from_single_file(str(path), config=str(FLUX_VAE_CONFIG), torch_dtype=dtype)
         elif path.is_dir():
             subfolder = None if (path / "config.json").is_file() else "vae"
-            vae = AutoencoderKL.from_pretrained(path, subfolder=subfolder, torch_dtype=dtype)
+            vae = _whole(AutoencoderKL.from_pretrained(path, subfolder=subfolder, **options))
         else:
-            vae = _from_hub(AutoencoderKL, name, dtype)
-    except InputError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+            vae = _whole(_from_hub(AutoencoderKL, name, options))
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, SingleFileComponentError) as error:
         raise InputError(
-            f"vae {name} cannot be loaded ({(str(error).splitlines() or ['?'])[0]}): give a diffusers folder, "
+            f"vae {name} cannot be loaded ({reason(error)}): give a diffusers folder, "
             "ae.safetensors, or a hub id this machine can reach (FLUX.1-dev is gated: set HF_TOKEN)"
         ) from None
     return VaeTarget(vae, posterior)
 
 
-def _from_hub(cls: Any, name: str, dtype: torch.dtype) -> Any:
+def _whole(loaded: tuple[Any, dict[str, Any]]) -> Any:
+    """The model, if no weight of it was left random (diffusers only warns)."""
+    vae, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{len(missing)} weights are not in its files, first: {missing[0]}")
+    return vae
+
+
+def _from_hub(cls: Any, name: str, options: dict[str, Any]) -> Any:
     """Pipelines keep their VAE in a subfolder, stand-alone repositories at the root."""
     try:
-        return cls.from_pretrained(name, subfolder="vae", torch_dtype=dtype)
+        return cls.from_pretrained(name, subfolder="vae", **options)
     except (OSError, ValueError):
-        return cls.from_pretrained(name, torch_dtype=dtype)
+        return cls.from_pretrained(name, **options)
