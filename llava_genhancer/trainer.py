@@ -40,6 +40,7 @@ class Loader(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
     def report(self) -> Any: ...
+    def close(self) -> None: ...
 
 
 class TrainingStopped(Exception):
@@ -119,6 +120,7 @@ class ExactTrainer(Trainer):
         try:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
+            self.loader.close()
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
         if self.state.global_step < self.args.max_steps:

@@ -198,6 +198,13 @@ def start_worker(worker: int) -> None:
     torch.set_num_threads(1)
 
 
+def end_workers(batches: Any) -> None:
+    """End the workers behind a DataLoader's iterator now: the interpreter's end would wait for ever for processes that
+    ignore SIGTERM."""
+    if hasattr(batches, "_shutdown_workers"):  # only the iterators with workers have it
+        batches._shutdown_workers()
+
+
 class ImageLoader:
     """Endless batches ``{"images": uint8 (B, 3, H, W), "keys": list[str]}`` with an exact state."""
 
@@ -211,6 +218,7 @@ class ImageLoader:
             generator=torch.Generator().manual_seed(seed),  # not the global RNG: noise is drawn from that
             pin_memory=torch.cuda.is_available(),
         )
+        self._batches: Any = None
         self._report = SkipReport()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -219,13 +227,18 @@ class ImageLoader:
         Raises:
             InputError: too many bad images, or a reader's share holds none at all.
         """
-        for batch in self._loader:
+        self._batches = iter(self._loader)
+        for batch in self._batches:
             if "problem" in batch:
                 raise InputError(f"data: {batch['problem']}")
             self._report.read += int(batch.pop("read"))
             for key, reason in batch.pop("skipped"):
                 self._report.add(key, reason)
             yield batch
+
+    def close(self) -> None:
+        """End the workers."""
+        end_workers(self._batches)
 
     def report(self) -> SkipReport:
         """What the batches given so far took, over all starts of the run."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from llava_genhancer.data.loader import MIN_READ, SkipReport, sample_seed, start_worker
+from llava_genhancer.data.loader import MIN_READ, SkipReport, end_workers, sample_seed, start_worker
 from llava_genhancer.errors import InputError
 from llava_genhancer.llava.conversation import check_template
 from llava_genhancer.llava.dataset import Collator, ImageView, LlavaDataset, load_image_processor
@@ -129,6 +129,7 @@ class LlavaLoader:
                 f"data {dataset.samples.path}: {summary(left_out)}; fix the data, or raise --max_bad_fraction"
             )
         self._given = 0
+        self._batches: Any = None
         self._report = LlavaReport(left_out=dict(left_out.by_reason))
 
     @property
@@ -153,7 +154,8 @@ class LlavaLoader:
             generator=torch.Generator().manual_seed(self.seed),  # not the global RNG: dropout is drawn from that
             pin_memory=torch.cuda.is_available(),
         )
-        for batch in loader:
+        self._batches = iter(loader)
+        for batch in self._batches:
             if "problem" in batch:
                 raise InputError(f"data {self.dataset.samples.path}: {batch['problem']}: fix the data")
             self._given += 1
@@ -184,6 +186,10 @@ class LlavaLoader:
                 f"data {self.dataset.samples.path}: {summary(report)} (last {last}); fix the data, or raise "
                 "--max_bad_fraction"
             )
+
+    def close(self) -> None:
+        """End the workers."""
+        end_workers(self._batches)
 
     def report(self) -> LlavaReport:
         """What the batches given so far took, over all starts of the run."""

@@ -40,6 +40,9 @@ class FixedBatches:
             keys = [str(first + i) for i in range(self.size)]
             yield {"images": torch.stack(images), "noise": torch.stack(noise), "t": torch.stack(t), "keys": keys}
 
+    def close(self):
+        pass
+
     def state_dict(self):
         return {"step": self.step}
 

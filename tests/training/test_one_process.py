@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -112,10 +113,12 @@ def test_crash_and_resume_is_bit_identical(
         crash_at(patch, stage, step, when)
         with pytest.raises(Crash):
             enhance(recipe, tmp_path / "run")
+    assert not multiprocessing.active_children(), "a worker outlived its training: the interpreter would never end"
     assert not (tmp_path / "run" / "tower").exists()
     torch.manual_seed(12345)  # whatever the next process's RNG is
     enhance(recipe, tmp_path / "run")
     assert weights(tmp_path / "run") == weights(reference)
+    assert not multiprocessing.active_children()
     # The first entry after a resume averages over fewer steps; everything later is the same.
     ours, theirs = (run.read_json(d / stage / "log_history.json") for d in (tmp_path / "run", reference))
     assert [e["step"] for e in ours] == [e["step"] for e in theirs]
