@@ -107,11 +107,13 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    sub = verb("doctor", _doctor, "Check this machine for a recipe: versions, devices, memory, disk, paths.")
+    sub = verb("doctor", _doctor, "Check this machine for a recipe, or what a LLaVA fork will do with a tower.")
     sub.add_argument("recipe", nargs="?", default="openai-l14-224")
     sub.add_argument("--deepspeed", metavar="JSON", help="predict memory under this ZeRO stage")
     sub.add_argument("--gpus", type=int, help="predict for this many GPUs (default: those found here)")
     sub.add_argument("--output_dir", metavar="RUN", default=".", help="where the run would go")
+    sub.add_argument("--fork", metavar="DIR", help="instead: a LLaVA fork's checkout, with --tower")
+    sub.add_argument("--tower", metavar="DIR", help="the tower folder that the fork is to take")
     _add_fields(sub)
 
     sub = verb("recipes", _recipes, "List the recipes, or print every field of one.")
@@ -203,8 +205,12 @@ def _with_toy_data(recipe: recipes.Recipe) -> recipes.Recipe:
 
 
 def _doctor(args: Any) -> int:
-    from llava_genhancer.doctor import examine
+    from llava_genhancer.doctor import examine, examine_fork
 
+    if args.fork is not None or args.tower is not None:
+        if args.fork is None or args.tower is None:
+            raise InputError("--fork and --tower go together: doctor --fork DIR --tower DIR")
+        return examine_fork(args.fork, args.tower)
     return examine(
         _recipe(args.recipe, None, args.fields), deepspeed=args.deepspeed, gpus=args.gpus, run_dir=args.output_dir
     )

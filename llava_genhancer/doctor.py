@@ -16,7 +16,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,16 +75,52 @@ def examine(recipe: Recipe, *, deepspeed: str | None = None, gpus: int | None = 
     Returns:
         0 if the recipe can run here, 1 if something must be done first.
     """
+    problems = _show(inspect(recipe, deepspeed=deepspeed, gpus=gpus, run_dir=run_dir))
+    count = f"{problems} problem{'s' if problems > 1 else ''} above"
+    print(f"\n{recipe.name} {f'cannot run here yet: {count}' if problems else 'can run here'}")
+    return 1 if problems else 0
+
+
+def examine_fork(fork: str, tower: str) -> int:
+    """Print which class a LLaVA fork would build for a tower folder, and what to do about it.
+
+    Args:
+        fork: the fork's checkout; its source is read and nothing of it is imported.
+        tower: one of our tower folders.
+
+    Returns:
+        0 if the folder's path is all that the fork needs, 1 if something must be done first.
+
+    Raises:
+        InputError: no fork of a known layout there, or not a tower as it was exported.
+    """
+    from llava_genhancer.tower.choice import WORKS, fork_choice
+
+    choice = fork_choice(fork, tower)
+    works = choice.verdict == WORKS
+    chosen = f"{choice.chosen} for {tower}" if choice.chosen else f"nothing for {tower}"
+    findings = [
+        Finding(OK, "tower", f"{tower}: a {choice.model_type} folder, every weight file as exported"),
+        Finding(OK, "fork", f"{choice.rule.function} in {choice.rule.path}"),
+        Finding(OK if works else PROBLEM, "chooses", f"{chosen}: {choice.reason}", choice.todo),
+    ]
+    _show(findings)
+    print(
+        f"\n{'--vision_tower (or --image_tower) with this path is enough' if works else 'something must be done first'}"
+    )
+    return 0 if works else 1
+
+
+def _show(findings: Iterable[Finding]) -> int:
+    """Print findings; the number of problems among them."""
     problems = 0
-    for finding in inspect(recipe, deepspeed=deepspeed, gpus=gpus, run_dir=run_dir):
+    for finding in findings:
         problems += finding.status == PROBLEM
         head = f"{finding.status:8} {finding.what:16} "
         for start, text in ((head, finding.found), (f"{'':{len(head)}}-> ", finding.todo)):
             if text:
                 print(textwrap.fill(start + text, 118, subsequent_indent=" " * len(head), **_UNBROKEN))
-    count = f"{problems} problem{'s' if problems > 1 else ''} above"
-    print(f"\n{recipe.name} {f'cannot run here yet: {count}' if problems else 'can run here'}")
-    return 1 if problems else 0
+    return problems
 
 
 def inspect(
