@@ -1,0 +1,206 @@
+"""Ids equal an independent slow tokenizer's, labels cover what the assistant says and nothing else."""
+
+import itertools
+import random
+import time
+from typing import Any
+
+import pytest
+from slow_llama import SlowLlama, write_tokenizer
+
+from llava_genhancer.errors import InputError
+from llava_genhancer.llava.conversation import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+    TEMPLATES,
+    Turn,
+    chat_template,
+    check_template,
+    encode,
+    encode_prompt,
+    get_template,
+    render,
+    stop_token_ids,
+)
+from llava_genhancer.llava.tokenizer import load_tokenizer
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+CONVERSATIONS = [
+    [Turn("<image>\nWhat is in the picture?", "A red cat on a table.")],
+    [Turn("<image>\nHow many?", "12"), Turn("Are they\nchildren?", "3 of them are."), Turn("Sure?", "Yes.")],
+    [Turn("Who are you?", "An assistant:\n\n1. helpful\n2. polite\n")],
+    [Turn("<image>", "naïve café, 中文 and 😀")],
+    [Turn("<image>\n😀?", "😀 first"), Turn("ok", "\nline first"), Turn("ok", "  spaces first and last  ")],
+    [Turn("<image>\n<image>\nWhich is red?", "The second."), Turn("And <image> here", "None.")],
+    [Turn("USER: hi ASSISTANT: ho", "ASSISTANT: USER: <<SYS>> [INST] odd [/INST]")],
+    [Turn(" x", "y")],
+]
+
+
+@pytest.fixture(scope="module", params=[True, False, None], ids=["legacy", "not legacy", "unsaid"])
+def llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, SlowLlama]:
+    """A Llama tokenizer as we load it, and the slow one on the same file."""
+    folder = write_tokenizer(tmp_path_factory.mktemp("llama"), legacy=request.param)
+    return load_tokenizer(str(folder)), SlowLlama(folder, legacy=request.param is not False)
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer() -> Any:
+    """A byte-level tokenizer as Llama-3's and Qwen's: spaces belong to words, and markers are tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    markers = sorted({marker for template in TEMPLATES.values() for marker in template.markers})
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<|endoftext|>", *markers],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([SYSTEM] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+def learned_runs(ids: list[int], labels: list[int]) -> list[list[int]]:
+    """The stretches of ids that are learned."""
+    assert len(ids) == len(labels)
+    assert all(label in (token, IGNORE_INDEX) for token, label in zip(ids, labels, strict=True))
+    pairs = itertools.groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORE_INDEX)
+    return [[token for token, _ in run] for learned, run in pairs if learned]
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS)
+def test_v1_is_the_slow_tokenizers_reading(llama: tuple[Any, SlowLlama], turns: list[Turn]) -> None:
+    tokenizer, slow = llama
+    prompt = SYSTEM + "".join(f"USER: {question} ASSISTANT: {answer}</s>" for question, answer in turns)
+    ids, labels = encode(turns, "v1", tokenizer)
+    assert ids == slow.around_images(prompt)
+    assert [slow.spell(run) for run in learned_runs(ids, labels)] == [f" {turn.answer}</s>" for turn in turns]
+
+
+@pytest.mark.parametrize("caption", ["a red cat", "😀 cat", " two dogs", "line\n\nline ", "中"])
+def test_plain_reads_image_and_learns_caption(llama: tuple[Any, SlowLlama], caption: str) -> None:
+    tokenizer, slow = llama
+    ids, labels = encode([Turn("<image>\nDescribe it.", caption)], "plain", tokenizer)
+    assert ids == slow.around_images(f"<image>{caption}\n")
+    assert ids[:2] == [1, IMAGE_TOKEN_INDEX]
+    assert labels == [IGNORE_INDEX] * 2 + ids[2:]
+
+
+def test_llama_2_and_mistral_texts(llama: tuple[Any, SlowLlama]) -> None:
+    tokenizer, slow = llama
+    turns = CONVERSATIONS[1]
+    system = "".join(text for text, _ in render([Turn("", None)], "llava_llama_2", tokenizer)).removesuffix(" [/INST]")
+    assert system.startswith("[INST] <<SYS>>\nYou are a helpful language and vision assistant. ")
+    assert system.endswith(" using natural language.\n<</SYS>>\n\n")
+    rounds = [f"{question} [/INST] {answer} </s>" for question, answer in turns]
+    for name, start, between in (("llava_llama_2", system, "<s>[INST] "), ("mistral", "[INST] ", "[INST] ")):
+        ids, labels = encode(turns, name, tokenizer)
+        assert ids == slow.around_images(start + between.join(rounds))
+        assert [slow.spell(run) for run in learned_runs(ids, labels)] == [f" {turn.answer} </s>" for turn in turns]
+
+
+def test_random_text(llama: tuple[Any, SlowLlama]) -> None:
+    """Any characters at all: ids as the slow tokenizer, nothing but the answers learned."""
+    tokenizer, slow = llama
+    rng = random.Random(0)
+    letters = ["a", "e", "US", "ER", "cat ", " ", "  ", "\n", ".", "7", "é", "中", "😀", "ASSISTANT:", "‍", "\t", "\r\n"]
+    for _ in range(300):
+        turns = [Turn(*("".join(rng.choices(letters, k=rng.randint(1, 9))) for _ in "qa")) for _ in range(2)]
+        prompt = SYSTEM + "".join(f"USER: {question} ASSISTANT: {answer}</s>" for question, answer in turns)
+        ids, labels = encode(turns, "v1", tokenizer)
+        assert ids == slow.around_images(prompt), turns
+        assert [slow.spell(run) for run in learned_runs(ids, labels)] == [f" {t.answer}</s>" for t in turns], turns
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("turns", CONVERSATIONS)
+def test_every_template_learns_the_answers(bytes_tokenizer: Any, name: str, turns: list[Turn]) -> None:
+    check_template(name, bytes_tokenizer)
+    ids, labels = encode(turns, name, bytes_tokenizer)
+    form = get_template(name)
+    stop = form.stop.replace("{eos}", "<|endoftext|>")
+    learned = [f"{form.lead}{turn.answer}{stop}" for turn in turns]
+    runs = [bytes_tokenizer.decode(run) for run in learned_runs(ids, labels)]
+    # Where nothing is read between two answers, they are learned as one.
+    assert runs == learned or "".join(runs) == "".join(learned)
+    text = "".join(text for text, _ in render(turns, name, bytes_tokenizer))
+    shown = [[]]  # type: list[list[int]]
+    for token in ids:
+        shown[-1].append(token) if token != IMAGE_TOKEN_INDEX else shown.append([])
+    assert [bytes_tokenizer.decode(part) for part in shown] == text.split("<image>")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_prompt_is_the_beginning_of_what_was_learned(llama: tuple[Any, SlowLlama], name: str) -> None:
+    tokenizer, _ = llama
+    for turns in CONVERSATIONS[:4]:
+        ids, labels = encode(turns, name, tokenizer)
+        prompt = encode_prompt([*turns[:-1], Turn(turns[-1].question, None)], name, tokenizer)
+        assert prompt == ids[: len(prompt)]
+        assert labels[len(prompt)] == ids[len(prompt)] != IGNORE_INDEX
+        assert len(turns) > 1 or labels[: len(prompt)] == [IGNORE_INDEX] * len(prompt)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chat_template_writes_the_same(llama: tuple[Any, SlowLlama], name: str) -> None:
+    tokenizer, _ = llama
+
+    def rendered(messages: list[dict[str, Any]], **kwargs: Any) -> str:
+        template = chat_template(name)
+        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **kwargs)
+
+    turns = [
+        Turn("<image>\nIs it 'red'?", "It\\'s\n{red}."),
+        Turn("Sure?", "Yes."),
+        Turn("<image>\n<image>\nNow?", "No"),
+    ]
+    messages: list[dict[str, Any]] = []
+    for question, answer in turns:
+        count = question.count("<image>\n")
+        text = {"type": "text", "text": question.replace("<image>\n", "")}
+        messages.append({"role": "user", "content": [*[{"type": "image"}] * count, text]})
+        asked = [*turns[: len(messages) // 2], Turn(question, None)]
+        assert rendered(messages, add_generation_prompt=True) == "".join(t for t, _ in render(asked, name, tokenizer))
+        messages.append({"role": "assistant", "content": answer})
+        assert rendered(messages) == "".join(text for text, _ in render(turns[: len(messages) // 2], name, tokenizer))
+    as_text = [{**m, "content": "Sure?" if m["role"] == "user" else m["content"]} for m in messages[:2]]
+    assert rendered(as_text) == "".join(t for t, _ in render([Turn("Sure?", turns[0].answer)], name, tokenizer))
+    with pytest.raises(Exception, match="roles must be user"):
+        rendered([{"role": "system", "content": "Be brief."}, *messages])
+
+
+def test_image_is_a_word_where_there_is_none(llama: tuple[Any, SlowLlama]) -> None:
+    tokenizer, slow = llama
+    ids, _ = encode([Turn("What does <image> mean in HTML?", "A <image> tag?")], "v1", tokenizer, images=False)
+    assert ids == [1, *slow(SYSTEM + "USER: What does <image> mean in HTML? ASSISTANT: A <image> tag?</s>")]
+
+
+def test_templates_that_do_not_fit(llama: tuple[Any, SlowLlama], bytes_tokenizer: Any) -> None:
+    tokenizer, _ = llama
+    with pytest.raises(InputError, match="no conversation template 'v2'.*plain, v1"):
+        get_template("v2")
+    with pytest.raises(InputError, match=r"no token <\|im_start\|>.*'qwen'"):
+        check_template("qwen", tokenizer)
+    check_template("v1", tokenizer)
+    assert stop_token_ids("v1", tokenizer) == [2]
+    end = bytes_tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|endoftext|>"])
+    assert stop_token_ids("llama_3", bytes_tokenizer) == end
+
+
+def test_long_text_takes_time_in_proportion(llama: tuple[Any, SlowLlama]) -> None:
+    tokenizer, _ = llama
+
+    def seconds(words: int) -> float:
+        start = time.process_time()
+        encode([Turn("<image>\nTell a story.", "The red cat and the dog. " * words)] * 3, "v1", tokenizer)
+        return time.process_time() - start
+
+    seconds(100)
+    assert seconds(16_000) < 60 * max(seconds(1_000), 0.01)  # in proportion: 16 times; quadratic: 256
