@@ -21,7 +21,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from llava_genhancer import run
-from llava_genhancer.errors import InputError
+from llava_genhancer.errors import InputError, reason
 from llava_genhancer.trainer import FINAL_FILE, ExactTrainer
 
 
@@ -92,7 +92,7 @@ def training_arguments(
     except (ValueError, OSError, KeyError) as error:
         if deepspeed is None:
             raise
-        raise InputError(f"--deepspeed {deepspeed}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"--deepspeed {deepspeed}: {reason(error)}") from None
 
 
 def zero_stage(args: TrainingArguments) -> int | None:
@@ -208,27 +208,26 @@ def _add_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return total
 
 
-def load_trained(model: nn.Module, file: Path, names: Collection[str] = ()) -> None:
+def load_trained(model: nn.Module, file: Path, names: Collection[str] = (), *, part: str = "") -> None:
     """Load a stage's trained weights into ``model``; every tensor must have its place and shape.
 
     Args:
         names: parameters that the file must hold.
+        part: only weights whose names start so are loaded.
 
     Raises:
         InputError: missing, damaged or foreign file, or one with a gap.
     """
+    again = "remove it and repeat the run's command, which then writes it anew from the last checkpoint"
     try:
         state = load_file(file)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{file} cannot be read ({error}): run the stage before this one again") from None
-    except SafetensorError as error:
-        raise InputError(f"{file} is damaged ({error}): run the stage before this one again") from None
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be read ({reason(error)}): {again}") from None
     absent = sorted(set(names) - state.keys())
     if absent:
-        raise InputError(
-            f"{file} lacks {len(absent)} weights (first: {absent[0]}): run the stage before this one again"
-        )
+        raise InputError(f"{file} lacks {len(absent)} weights (first: {absent[0]}): {again}")
     parameters = dict(model.named_parameters())
+    state = {name: value for name, value in state.items() if name.startswith(part)}
     for name, value in state.items():
         if name not in parameters or parameters[name].shape != value.shape:
             raise InputError(f"{file} was trained with another recipe: {name} {tuple(value.shape)} has no place here")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from llava_genhancer import run
+from llava_genhancer.engine import load_trained
 from llava_genhancer.enhance.backbones import (
     VisionBackbone,
     add_lora,
@@ -19,11 +20,12 @@ from llava_genhancer.enhance.backbones import (
     load_image_statistics,
     locate,
     merged_state,
+    trainable_backbone_names,
 )
 from llava_genhancer.enhance.stages import STAGES, WEIGHTS, stage_recipe
 from llava_genhancer.errors import InputError
 from llava_genhancer.recipes import Recipe, to_dict
-from llava_genhancer.tower.export import MARKER, save_tower, verify_tower
+from llava_genhancer.tower.export import MARKER, read_marker, save_tower, verify_tower
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-4  # largest allowed |merged - LoRA-wrapped| global token, relative to the largest token entry
@@ -58,14 +60,14 @@ def export_tower(run_dir: Path, output_dir: Path, recipe: Recipe, *, step: int |
         return output_dir
     full = load_full_model(recipe.backbone)
     wrapped = _wrapped(full, recipe, files)
-    merged = merge(wrapped, full, recipe)
+    log.info("%d weights changed", len(merge(wrapped, full, recipe)))
     if recipe.lora_scale == 1 and recipe.merge_dtype == "float32":
         _check_merge(wrapped, full)
     del wrapped
     save_tower(full, output_dir, source=locate(recipe.backbone), marker=marker)
     verify_tower(output_dir)
     reloaded = load_full_model(str(output_dir)).state_dict()
-    for name, value in merged.items():
+    for name, value in full.state_dict().items():
         if not torch.equal(reloaded[name], value):
             raise InputError(f"{output_dir}: {name} did not survive writing and reading; check the disk and repeat")
     write_card(output_dir, run_dir)
@@ -73,24 +75,24 @@ def export_tower(run_dir: Path, output_dir: Path, recipe: Recipe, *, step: int |
 
 
 def weight_files(run_dir: Path, recipe: Recipe, step: int | None = None) -> list[Path]:
-    """The trained-weight files that make up the run's backbone, in order.
+    """The trained-weight files that make up the run's backbone, in order; none if no stage trains it.
 
     Raises:
         InputError: a stage is unfinished, or the snapshot does not exist.
     """
-    files = []
-    for stage in STAGES:
-        if stage_recipe(recipe, stage).max_steps > 0:
-            files.append(run_dir / f"stage{stage}" / WEIGHTS)
+    tables = {stage: stage_recipe(recipe, stage) for stage in STAGES}
+    folders = [
+        run_dir / f"stage{s}" for s, table in tables.items() if table.max_steps > 0 and "backbone" in table.trains
+    ]
+    files = [folder / WEIGHTS for folder in folders]
     if step is not None:
-        stage_dir = files[-1].parent if files else run_dir / "stage2"
-        snapshot = stage_dir / "snapshots" / f"step-{step}.safetensors"
-        if not snapshot.is_file():
-            kept = sorted(int(p.stem.split("-")[1]) for p in stage_dir.glob("snapshots/step-*.safetensors"))
+        snapshots = folders[-1] / "snapshots" if folders else run_dir
+        kept = sorted(int(p.stem.split("-")[1]) for p in snapshots.glob("step-*.safetensors"))
+        if step not in kept:
             raise InputError(
                 f"{run_dir} has no snapshot of step {step}; kept are: {', '.join(map(str, kept)) or 'none'}"
             )
-        files[-1] = snapshot
+        files[-1] = snapshots / f"step-{step}.safetensors"
     for file in files:
         if not file.is_file():
             raise InputError(f"{file} does not exist: {file.parent.name} is not finished, run `enhance` again")
@@ -104,34 +106,25 @@ def _wrapped(full: nn.Module, recipe: Recipe, files: list[Path]) -> VisionBackbo
         backbone.text_model = full.get_submodule("text_model")
         backbone.text_projection = getattr(full, "text_projection", None)
     backbone = deepcopy(backbone)
-    prefix = "backbone."
-    state: dict[str, Tensor] = {}
-    for file in files:
-        state.update({k[len(prefix) :]: v for k, v in load_file(file).items() if k.startswith(prefix)})
-    if any(".lora_A." in name for name in state):
+    if files and recipe.lora_rank > 0:
         add_lora(backbone, recipe)
-    parameters = dict(backbone.named_parameters())
-    with torch.no_grad():
-        for name, value in state.items():
-            if name not in parameters or parameters[name].shape != value.shape:
-                raise InputError(
-                    f"{files[-1]} was trained with another recipe: {name} has no place in {recipe.backbone}"
-                )
-            parameters[name].copy_(value)
+    learned = {f"backbone.{name}" for name in trainable_backbone_names(backbone, recipe)}
+    for file in files:
+        load_trained(nn.ModuleDict({"backbone": backbone}), file, learned, part="backbone.")
     return backbone.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def merge(wrapped: VisionBackbone, full: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
+def merge(wrapped: VisionBackbone, full: nn.Module, recipe: Recipe) -> set[str]:
     """Put ``original + lora_scale * (enhanced - original)`` into ``full``, in place, in the recipe's arithmetic.
 
     Returns:
-        The weights that changed, by their names in the full model; all others are bit-identical.
+        Names of the weights that changed; all others are bit-identical.
     """
     dtype = getattr(torch, recipe.merge_dtype)
     enhanced = merged_state(wrapped.to(dtype) if dtype != torch.float32 else wrapped)
     original = full.state_dict()
-    changed = {}
+    changed = set()
     for name, value in enhanced.items():
         target = original[name]
         value = value.to(torch.float32)
@@ -139,7 +132,7 @@ def merge(wrapped: VisionBackbone, full: nn.Module, recipe: Recipe) -> dict[str,
             continue  # untouched by training; the original's own bits stay
         mixed = value if recipe.lora_scale == 1 else torch.lerp(target, value, recipe.lora_scale)
         target.copy_(mixed)
-        changed[name] = mixed
+        changed.add(name)
     return changed
 
 
@@ -166,8 +159,8 @@ def _is_current(output_dir: Path, marker: dict[str, Any]) -> bool:
 
 def write_card(tower_dir: Path, run_dir: Path) -> None:
     """The tower's ``README.md``: what it is, what was done, what was measured, how to use it."""
-    manifest = run.read_json(run_dir / run.MANIFEST)
-    recipe = manifest["recipe"]
+    manifest, marker = run.read_json(run_dir / run.MANIFEST), read_marker(tower_dir)
+    recipe, step = marker["recipe"], marker["step"]
     stages = []
     for stage in STAGES:
         path = run_dir / f"stage{stage}" / "result.json"
@@ -180,6 +173,7 @@ def write_card(tower_dir: Path, run_dir: Path) -> None:
     base = recipe["backbone"]
     tags = "" if base.startswith(("toyworld:", "/", ".")) else f"base_model: {base}\n"
     measured = _measured(run_dir)
+    snapshot = "" if step is None else f" from the snapshot of step {step}"
     text = f"""---
 library_name: transformers
 pipeline_tag: zero-shot-image-classification
@@ -189,7 +183,9 @@ pipeline_tag: zero-shot-image-classification
 # {recipe["name"]}: a vision tower enhanced by generative post-training
 
 `{base}` after GenHancer (arXiv 2503.19480), by llava_genhancer {manifest["versions"]["llava_genhancer"]}.
-Data: `{recipe["data"]}`. Seed {recipe["seed"]}. Exported with lora_scale {recipe["lora_scale"]:g}.
+Data: `{recipe["data"]}`. Seed {recipe["seed"]}. Exported with lora_scale {marker["lora_scale"]:g}{snapshot}.
+
+Command: `{shlex.join(["llava-genhancer", *manifest["command"][1:]])}`
 
 | stage | learns | learning rate | steps | images | trained parameters |
 |---|---|---|---|---|---|

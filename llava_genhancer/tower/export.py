@@ -156,7 +156,8 @@ def check_keys(folder: str | os.PathLike) -> None:
             keys.extend(f.keys())
     expected = ("vision_model.", "text_model.", "visual_projection.", "text_projection.", "logit_scale", "logit_bias")
     foreign = [k for k in keys if not k.startswith(expected)]
-    if foreign or not any(k.startswith("vision_model.") for k in keys):
-        raise InputError(
-            f"{folder}: {foreign[0] if foreign else 'no vision_model.* key'} would not load in LLaVA's forks"
-        )
+    if foreign:
+        raise InputError(f"{folder}: {foreign[0]} would not load in LLaVA's forks")
+    for tower in ("vision_model.", "text_model."):
+        if not any(k.startswith(tower) for k in keys):
+            raise InputError(f"{folder}: no weight is named {tower}*, so it would not load in LLaVA's forks")
