@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -209,15 +210,17 @@ class ImageLoader:
     """Endless batches ``{"images": uint8 (B, 3, H, W), "keys": list[str]}`` with an exact state."""
 
     def __init__(self, stream: ImageStream, batch_size: int, num_workers: int, seed: int):
-        self._loader = StatefulDataLoader(
-            stream,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            collate_fn=_collate,
-            worker_init_fn=start_worker if num_workers else None,
-            generator=torch.Generator().manual_seed(seed),  # not the global RNG: noise is drawn from that
-            pin_memory=torch.cuda.is_available(),
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchdata calls a function that torch is about to drop
+            self._loader = StatefulDataLoader(
+                stream,
+                batch_size=batch_size,
+                num_workers=num_workers,
+                collate_fn=_collate,
+                worker_init_fn=start_worker if num_workers else None,
+                generator=torch.Generator().manual_seed(seed),  # not the global RNG: noise is drawn from that
+                pin_memory=torch.cuda.is_available(),
+            )
         self._batches: Any = None
         self._report = SkipReport()
 
