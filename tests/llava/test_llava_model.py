@@ -1,0 +1,239 @@
+"""The model: what learns, the loss against one computed sample by sample, empty images, dtypes, refusals."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from small_llama import write_llama
+
+from llava_genhancer import recipes
+from llava_genhancer.errors import InputError
+from llava_genhancer.llava.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_genhancer.llava.model import Llava, build_llava, load_tower
+from llava_genhancer.llava.recipes import LlavaRecipe
+
+PROJECTOR = {f"multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
+LINEAR = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+
+
+def recipe_from(fields: dict, **changes) -> LlavaRecipe:
+    return recipes.override(LlavaRecipe(name="test"), {**fields, **changes})
+
+
+def batch(model: Llava, images: list[int], lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor | None]:
+    """Random samples with that many images each, images first, padded on the right."""
+    g = torch.Generator().manual_seed(seed)
+    patches, side = model.config.image_seq_length, model.config.vision_config.image_size
+    rows = []
+    for count, length in zip(images, lengths, strict=True):
+        words = torch.randint(3, 380, (length,), generator=g)
+        image = torch.full((patches,), IMAGE_TOKEN_INDEX)
+        parts = [words[:2]] + [x for i in range(count) for x in (image, words[2 + i : 3 + i])] + [words[2 + count :]]
+        rows.append(torch.cat(parts))
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX).clone()
+    labels[:, :4] = IGNORE_INDEX
+    labels[labels == IMAGE_TOKEN_INDEX] = IGNORE_INDEX
+    pixels = torch.randn(sum(images), 3, side, side, generator=g) if sum(images) else None
+    return {"input_ids": ids, "labels": labels, "pixel_values": pixels}
+
+
+def loss_by_hand(model: Llava, inputs: dict) -> torch.Tensor:
+    """Sample by sample, position by position, without padding, from the parts' public outputs."""
+    embed = model.language_model.get_input_embeddings()
+    features = iter([])
+    if inputs["pixel_values"] is not None:
+        states = model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
+        p = model.multi_modal_projector
+        hidden = F.gelu(states @ p.linear_1.weight.T + p.linear_1.bias)
+        features = iter((hidden @ p.linear_2.weight.T + p.linear_2.bias).flatten(0, 1))
+    losses = []
+    for ids, labels in zip(inputs["input_ids"].tolist(), inputs["labels"].tolist(), strict=True):
+        length = max(i for i, label in enumerate(labels) if label != IGNORE_INDEX) + 1
+        vectors = [next(features) if i == IMAGE_TOKEN_INDEX else embed.weight[i] for i in ids[:length]]
+        logits = model.language_model(inputs_embeds=torch.stack(vectors)[None]).logits[0]
+        scores = logits.log_softmax(-1)
+        losses += [-scores[at - 1, label] for at, label in enumerate(labels[:length]) if label != IGNORE_INDEX and at]
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("images", [[1, 1, 1], [1, 0, 2], [0, 0, 0]])
+def test_loss_and_gradients_equal_an_independent_splice(llava_fields, images) -> None:
+    model = build_llava(recipe_from(llava_fields), "finetune")
+    inputs = batch(model, images, [9, 14, 12])
+    loss = model(**inputs)
+    expected = loss_by_hand(model, inputs)
+    assert torch.allclose(loss, expected, atol=2e-6, rtol=0)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    ours = torch.autograd.grad(loss, list(parameters.values()))
+    theirs = torch.autograd.grad(expected, list(parameters.values()), allow_unused=True)
+    for name, a, b in zip(parameters, ours, theirs, strict=True):
+        assert torch.allclose(a, torch.zeros_like(a) if b is None else b, atol=1e-5), name
+
+
+def test_a_text_only_batch_gives_the_projector_a_gradient_of_zero(llava_fields) -> None:
+    """None would leave the other ranks waiting for it."""
+    model = build_llava(recipe_from(llava_fields), "pretrain")
+    model(**batch(model, [0, 0], [8, 8])).backward()
+    gradients = [p.grad for n, p in model.named_parameters() if n in PROJECTOR]
+    assert all(g is not None and not g.any() for g in gradients)
+
+
+def test_padding_and_items(llava_fields) -> None:
+    model = build_llava(recipe_from(llava_fields), "pretrain").eval()
+    inputs = batch(model, [1, 0], [9, 14])
+    more = {
+        **inputs,
+        "input_ids": F.pad(inputs["input_ids"], (0, 7), value=3),
+        "labels": F.pad(inputs["labels"], (0, 7), value=IGNORE_INDEX),
+    }
+    assert torch.allclose(model(**inputs), model(**more), atol=1e-6)
+    count = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
+    assert torch.allclose(model(**inputs, items=2 * count) * 2, model(**inputs))
+    nothing = {**inputs, "labels": torch.full_like(inputs["labels"], IGNORE_INDEX)}
+    assert model(**nothing).item() == 0
+
+
+def test_what_learns(llava_fields) -> None:
+    layers = [f"language_model.model.layers.{i}.{name}" for i in (0, 1) for name in LINEAR]
+    norms = [
+        f"language_model.model.layers.{i}.{n}_layernorm.weight" for i in (0, 1) for n in ("input", "post_attention")
+    ]
+    others = [f"language_model.{n}.weight" for n in ("model.embed_tokens", "model.norm", "lm_head")]
+    expected = {
+        ("pretrain", 0): PROJECTOR,
+        ("pretrain", 4): PROJECTOR,
+        ("finetune", 0): PROJECTOR | {f"{n}.weight" for n in layers} | {*norms, *others},
+        ("finetune", 4): PROJECTOR | {f"{n}.lora_{x}.default.weight" for n in layers for x in "AB"},
+    }
+    for (step, rank), names in expected.items():
+        model = build_llava(recipe_from(llava_fields, lora_rank=rank), step)
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == names
+
+
+@pytest.mark.parametrize(("step", "rank"), [("pretrain", 0), ("finetune", 0), ("finetune", 4)])
+def test_only_what_learns_is_fp32_under_bf16(llava_fields, step, rank) -> None:
+    recipe = recipe_from(llava_fields, precision="bf16", lora_rank=rank)
+    model = build_llava(recipe, step)
+    assert all((p.dtype == torch.float32) == p.requires_grad for p in model.parameters())
+    model = build_llava(recipe, step, bf16_everywhere=True)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_building_is_a_function_of_the_seed(llava_fields) -> None:
+    torch.manual_seed(1)
+    a = build_llava(recipe_from(llava_fields, lora_rank=2), "finetune").state_dict()
+    before = torch.random.get_rng_state()
+    b = build_llava(recipe_from(llava_fields, lora_rank=2), "finetune").state_dict()
+    c = build_llava(recipe_from(llava_fields, lora_rank=2, seed=1), "finetune").state_dict()
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert {n for n in a if not torch.equal(a[n], c[n])} >= {n for n in a if "lora_A" in n or "linear_1.weight" in n}
+
+
+def test_the_tower_stays_in_evaluation_mode(llava_fields) -> None:
+    model = build_llava(recipe_from(llava_fields), "finetune").train()
+    assert model.language_model.training
+    assert not any(m.training for m in model.vision_tower.modules())
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied"), [("mistral", False), ("qwen2", True), ("qwen3", False), ("smollm3", True), ("llama", True)]
+)
+def test_the_family(llava_fields, tmp_path, kind, tied) -> None:
+    """Every kind trains its own weights through the same splice, tied embeddings counted once."""
+    llm = write_llama(tmp_path / kind, model_type=kind, tied=tied)
+    model = build_llava(recipe_from(llava_fields, llm=str(llm)), "finetune")
+    inputs = batch(model, [1, 0], [9, 12])
+    assert torch.allclose(model(**inputs), loss_by_hand(model, inputs), atol=2e-6)
+    learns = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert ("language_model.lm_head.weight" in learns) is not tied
+    lora = build_llava(recipe_from(llava_fields, llm=str(llm), lora_rank=2), "finetune")
+    adapted = {n.split(".lora_")[0].split(".", 4)[4] for n, p in lora.named_parameters() if ".lora_" in n}
+    assert adapted == set(LINEAR)
+
+
+def test_siglip_shows_every_patch(llava_fields, tmp_path) -> None:
+    from transformers import SiglipModel
+
+    from llava_genhancer.toyworld.models import save_siglip
+
+    folder = save_siglip(tmp_path / "siglip")
+    model = build_llava(recipe_from(llava_fields, tower=str(folder)), "pretrain")
+    side = model.config.vision_config.image_size
+    pixels = torch.randn(2, 3, side, side)
+    full = SiglipModel.from_pretrained(folder)
+    states = full.vision_model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+    assert states.shape[1] == model.config.image_seq_length
+    assert torch.allclose(model.image_features(pixels), model.multi_modal_projector(states), atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", [-2, -1, 1])
+def test_select_layer(llava_fields, tiny_clip, layer) -> None:
+    from transformers import CLIPModel
+
+    model = build_llava(recipe_from(llava_fields, vision_feature_layer=layer), "pretrain")
+    pixels = torch.randn(1, 3, 32, 32)
+    states = CLIPModel.from_pretrained(tiny_clip).vision_model(pixel_values=pixels, output_hidden_states=True)
+    expected = model.multi_modal_projector(states.hidden_states[layer][:, 1:])
+    assert torch.allclose(model.image_features(pixels), expected, atol=1e-6)
+
+
+def without(folder: Path, copy: Path, name: str) -> Path:
+    """A copy of a model folder that lacks one weight."""
+    shutil.copytree(folder, copy)
+    state = load_file(copy / "model.safetensors")
+    del state[name]
+    save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def test_weights_that_would_be_random_are_an_error(llava_fields, tiny_llama, tiny_clip, tmp_path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    llm = without(tiny_llama, tmp_path / "llm", name)
+    with pytest.raises(InputError, match=f"would be random .first: {name}"):
+        build_llava(recipe_from(llava_fields, llm=str(llm)), "pretrain")
+    tower = without(tiny_clip, tmp_path / "tower", "vision_model.embeddings.patch_embedding.weight")
+    with pytest.raises(InputError, match="would be random"):
+        build_llava(recipe_from(llava_fields, tower=str(tower)), "pretrain")
+
+
+def test_a_tower_of_ours_is_verified(tiny_clip, tmp_path) -> None:
+    from transformers import CLIPModel
+
+    from llava_genhancer.tower.export import save_tower
+
+    tower = save_tower(CLIPModel.from_pretrained(tiny_clip), tmp_path / "t", source=str(tiny_clip), marker={})
+    load_tower(str(tower), torch.float32)
+    data = bytearray((tower / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tower / "model.safetensors").write_bytes(data)
+    with pytest.raises(InputError, match="not the file that was exported"):
+        load_tower(str(tower), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"llm": "/no/llm"}, "llm /no/llm cannot be loaded"),
+        ({"tower": "/no/tower"}, "tower /no/tower cannot be loaded"),
+        ({"vision_feature_layer": 9}, "the tower has 2 layers"),
+    ],
+)
+def test_parts_that_are_not_there(llava_fields, changes, words) -> None:
+    with pytest.raises(InputError, match=words):
+        build_llava(recipe_from(llava_fields, **changes), "pretrain")
+
+
+def test_parts_of_the_wrong_kind(llava_fields, tiny_clip, tiny_llama, tmp_path) -> None:
+    with pytest.raises(InputError, match="is a 'clip' model: needed is one of llama, mistral"):
+        build_llava(recipe_from(llava_fields, llm=str(tiny_clip)), "pretrain")
+    with pytest.raises(InputError, match="is a 'llama' model: needed is a CLIP or SigLIP folder"):
+        build_llava(recipe_from(llava_fields, tower=str(tiny_llama)), "pretrain")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"})[:-2])
+    with pytest.raises(InputError, match="cannot be loaded"):
+        build_llava(recipe_from(llava_fields, llm=str(tmp_path)), "pretrain")
