@@ -146,8 +146,7 @@ def read_sample(entry: Any, number: int) -> Sample:
         raise BadSample("odd image name")
     if any(_OUTSIDE.search(name) for name in images):
         raise BadSample("image outside the image folder")
-    texts = _texts(entry.get("conversations"))
-    words = sum(len(text.split()) for text in texts)
+    texts, words = _texts(entry.get("conversations"))
     shown = [text.count(IMAGE) for text in texts] if images else []
     if any(shown):
         if any(shown[1::2]):
@@ -163,12 +162,16 @@ def read_sample(entry: Any, number: int) -> Sample:
     return Sample(_key(entry, number), turns, images, words)
 
 
-def _texts(conversations: Any) -> list[str]:
-    """Questions and answers in turn; an answer in front of the first question is dropped, as LLaVA does."""
+def _texts(conversations: Any) -> tuple[list[str], int]:
+    """Questions and answers in turn, and the words of all turns.
+
+    An answer in front of the first question is dropped, but its words count, as LLaVA does it.
+    """
     if not isinstance(conversations, list) or not conversations:
         raise BadSample("no conversation")
     if not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in conversations):
         raise BadSample("no text in a turn")
+    words = sum(len(turn["value"].split()) for turn in conversations)
     if conversations[0].get("from") == ROLES[1]:
         conversations = conversations[1:]
     if not conversations or len(conversations) % 2:
@@ -178,7 +181,7 @@ def _texts(conversations: Any) -> list[str]:
     texts: list[str] = [turn["value"] for turn in conversations]
     if not all(text.strip() for text in texts):
         raise BadSample("empty turn")
-    return texts
+    return texts, words
 
 
 def _image_first(text: str) -> str:

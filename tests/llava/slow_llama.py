@@ -56,13 +56,14 @@ def write_tokenizer(folder: Path, *, legacy: bool | None = True, start: str = "U
     return folder
 
 
+SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2}
+
+
 class SlowLlama:
     """Text between special tokens goes to sentencepiece by itself.
 
-    Legacy: with a word boundary in front of each such text. Else: in front of a whole text only, whatever it begins with.
+    Legacy: with a word boundary in front of each such text. Else: in front of a whole text only.
     """
-
-    SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2}
 
     def __init__(self, folder: Path, *, legacy: bool):
         self.legacy = legacy
@@ -73,11 +74,11 @@ class SlowLlama:
 
     def __call__(self, text: str) -> list[int]:
         """Ids of a text without the opening token."""
-        if not self.legacy and text and not text.startswith(tuple(self.SPECIAL)):
+        if not self.legacy and text and not text.startswith(tuple(SPECIAL)):
             text = "▁" + text.replace("▁", " ")
         ids: list[int] = []
         for part in re.split("(<unk>|<s>|</s>)", text):
-            ids += [self.SPECIAL[part]] if part in self.SPECIAL else self.pieces.encode(part)
+            ids += [SPECIAL[part]] if part in SPECIAL else self.pieces.encode(part)
         return ids
 
     def around_images(self, prompt: str, image: int = -200) -> list[int]:
@@ -89,7 +90,7 @@ class SlowLlama:
 
     def spell(self, ids: list[int]) -> str:
         """What ids stand for, to the last space."""
-        special = {i: text for text, i in self.SPECIAL.items()}
+        special = {i: text for text, i in SPECIAL.items()}
         spelt = b""
         for i in ids:
             piece = special.get(i) or self.pieces.id_to_piece(i)

@@ -184,7 +184,7 @@ def test_image_is_a_word_where_there_is_none(llama: tuple[Any, SlowLlama]) -> No
 
 def test_templates_that_do_not_fit(llama: tuple[Any, SlowLlama], bytes_tokenizer: Any) -> None:
     tokenizer, _ = llama
-    with pytest.raises(InputError, match="no conversation template 'v2'.*plain, v1"):
+    with pytest.raises(InputError, match=r"no conversation template 'v2'.*plain, v1"):
         get_template("v2")
     with pytest.raises(InputError, match=r"no token <\|im_start\|>.*'qwen'"):
         check_template("qwen", tokenizer)
