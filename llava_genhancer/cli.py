@@ -147,6 +147,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch_size", type=int, default=64)
     sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
 
+    sub = verb("probes", _probes, "Probe one or two towers of the toy world for each detail of its scenes.")
+    sub.add_argument("towers", nargs="+", metavar="TOWER", help="the original, then the enhanced one")
+    sub.add_argument("--output", required=True, metavar="JSON")
+
+    sub = verb(
+        "questions", _questions, "Ask LLaVAs questions with known options; the first is what others are compared with."
+    )
+    sub.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="folder in HF's form or the original one")
+    sub.add_argument("--data", required=True, metavar="DIR", help="folder with questions.json and images/")
+    sub.add_argument("--output", required=True, metavar="JSON")
+    sub.add_argument("--labels", nargs="+", help="a name for each (default: as much of each path as tells them apart)")
+    sub.add_argument("--conversation", default="v1", help="template that they were trained with (default: v1)")
+    sub.add_argument("--batch_size", type=int, default=64)
+    sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+
     llava = "Train LLaVA-1.5 with a tower, export it to both forms, talk to it."
     add_llava_verbs(verbs.add_parser("llava", help=llava, description=llava), _add_fields)
 
@@ -154,7 +169,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("run_dir", metavar="RUN")
 
     sub = verb(
-        "demo", _demo, "The whole chain in the toy world: enhance, measure, report. No download, minutes on a CPU."
+        "demo",
+        _demo,
+        "The whole chain in the toy world: enhance, train LLaVA without and with it, measure, report. No download, "
+        "minutes on a CPU.",
     )
     sub.add_argument("--output_dir", metavar="RUN", default="runs/tiny")
     sub.add_argument("--seeds", type=int, default=1, help="repeat with this many seeds and report over them")
@@ -261,13 +279,40 @@ def _mmvp_vlm(args: Any) -> None:
     run(args.towers, args.data, output=args.output, batch_size=args.batch_size, device=args.device)
 
 
+def _probes(args: Any) -> None:
+    from llava_genhancer.run import write_json
+    from llava_genhancer.toyworld.probes import run_probes
+
+    write_json(args.output, run_probes(args.towers))
+    print(f"results: {args.output}")
+
+
+def _questions(args: Any) -> None:
+    from llava_genhancer.evaluate.questions import run
+
+    run(
+        args.checkpoints,
+        args.data,
+        args.output,
+        labels=args.labels,
+        template=args.conversation,
+        batch_size=args.batch_size,
+        device=args.device,
+    )
+
+
 def _report(args: Any) -> None:
     from llava_genhancer.evaluate.report import write_report
 
+    run_dir = Path(args.run_dir)
+    if (run_dir / "tower").is_dir() and (run_dir / "manifest.json").is_file():
+        from llava_genhancer.enhance.export import write_card
+
+        write_card(run_dir / "tower", run_dir)  # it says what was measured
     print(f"report: {write_report(args.run_dir)}")
 
 
-def _demo(args: Any) -> None:
+def _demo(args: Any) -> int:
     from llava_genhancer.demo import demo
 
-    demo(_with_toy_data(_recipe("tiny", None, args.fields)), Path(args.output_dir), seeds=args.seeds)
+    return demo(args.fields, Path(args.output_dir), seeds=args.seeds)

@@ -1,65 +1,42 @@
-"""The whole chain in the toy world: enhance, MMVP-VLM before and after, probes, report; one seed or several."""
+"""The whole chain in the toy world, for one seed or several."""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
-from llava_genhancer import run
+from llava_genhancer.chain.running import run
+from llava_genhancer.chain.steps import Choices, plan
 from llava_genhancer.errors import InputError
-from llava_genhancer.recipes import Recipe
+from llava_genhancer.recipes import get_recipe
 
 
-def demo(recipe: Recipe, output_dir: Path, *, seeds: int = 1) -> Path:
+def demo(fields: Mapping[str, str], output_dir: Path, *, seeds: int = 1) -> int:
     """Run the toy chain; finished steps are skipped, so that the same command goes on.
 
     Args:
-        recipe: the ``tiny`` recipe, possibly changed.
+        fields: changes to the recipes ``tiny``, as :func:`llava_genhancer.chain.steps.split_fields` reads them.
         output_dir: run folder; with several seeds one sub-folder ``seed-N`` each and a report over them.
-        seeds: how many, counted from ``recipe.seed``.
+        seeds: how many, counted from the recipe's.
 
     Returns:
-        The report.
+        The exit status of the step that failed, or 0.
     """
     if seeds < 1:
         raise InputError(f"--seeds {seeds}: one at least")
     if seeds == 1:
-        report = _one(recipe, output_dir)
-        figures = output_dir / "figures"
-    else:
-        from llava_genhancer.evaluate.seeds import write_seeds_report
+        return _one(fields, output_dir)
+    first = int(fields.get("seed", get_recipe("tiny").seed))
+    runs = {seed: output_dir / f"seed-{seed}" for seed in range(first, first + seeds)}
+    for seed, folder in runs.items():
+        if status := _one({**fields, "seed": str(seed)}, folder):
+            return status
+    from llava_genhancer.evaluate.seeds import write_seeds_report
 
-        runs = []
-        for seed in range(recipe.seed, recipe.seed + seeds):
-            runs.append(output_dir / f"seed-{seed}")
-            _one(dataclasses.replace(recipe, seed=seed), runs[-1])
-        report = write_seeds_report(runs, output_dir)
-        figures = output_dir / "figures"
-    print(f"report:   {report}\npictures: {figures}")
-    return report
+    print(f"report: {write_seeds_report(list(runs.values()), output_dir)}")
+    return 0
 
 
-def _one(recipe: Recipe, run_dir: Path) -> Path:
-    from llava_genhancer.enhance.export import write_card
-    from llava_genhancer.enhance.train import enhance
-    from llava_genhancer.evaluate.mmvp_vlm import run as mmvp_vlm
-    from llava_genhancer.evaluate.report import write_report
-    from llava_genhancer.toyworld.paths import resolve
-    from llava_genhancer.toyworld.probes import run_probes
-    from llava_genhancer.toyworld.writers import prepare
-
-    tower = enhance(recipe, run_dir)
-    original = resolve(recipe.backbone)
-    world = prepare()
-    measured = run_dir / "eval" / "mmvp_vlm.json"
-    if not _newer(measured, tower):
-        mmvp_vlm([original, str(tower)], str(world.mmvp_test), output=str(measured))
-    probes = run_dir / "eval" / "probes.json"
-    if not _newer(probes, tower):
-        run.write_json(probes, run_probes([original, str(tower)]))
-    write_card(tower, run_dir)
-    return write_report(run_dir)
-
-
-def _newer(result: Path, tower: Path) -> bool:
-    return result.exists() and result.stat().st_mtime >= (tower / "config.json").stat().st_mtime
+def _one(fields: Mapping[str, str], run_dir: Path) -> int:
+    choices = Choices(preset="tiny", run_dir=run_dir, fields=fields)
+    return run(plan(choices), choices)

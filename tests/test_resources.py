@@ -13,7 +13,6 @@ from llava_genhancer.errors import InputError
 from llava_genhancer.resources import resource_dir
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "scripts" / "enhance_then_llava.sh"
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 
 
@@ -62,23 +61,6 @@ def test_deepspeed_json(name: str) -> None:
 
 def test_no_other_deepspeed_json() -> None:
     assert {p.stem for p in (resource_dir("configs") / "deepspeed").iterdir()} == STAGES.keys()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], "give a preset"),
-        (["vicuna-3b"], "no preset 'vicuna-3b'"),
-        (["vicuna-7b"], "--data PATH"),
-        (["tiny", "--output_dir"], "needs a value"),
-    ],
-)
-def test_script_refuses_in_one_line(arguments: list[str], words: str) -> None:
-    environment = {k: v for k, v in os.environ.items() if k not in ("DATA", "MMVP")} | {"PYTHON": sys.executable}
-    done = subprocess.run(["bash", str(SCRIPT), *arguments], env=environment, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert words in done.stderr
-    assert done.stderr.count("\n") == 1
 
 
 def stub(folder: Path, version: str, *, venv: bool = True) -> None:

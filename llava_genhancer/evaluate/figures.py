@@ -219,9 +219,12 @@ def reconstructions_figure(rows: Sequence[tuple[str, Sequence[Image.Image]]], pa
 
 
 def probes_figure(
-    details: Sequence[str], towers: Mapping[str, Mapping[str, Mapping[str, Any]]], path: str | Path
+    details: Sequence[str],
+    towers: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    path: str | Path,
+    measure: str = "linear-probe accuracy, %",
 ) -> None:
-    """Linear-probe accuracy per detail, one dot per tower, with intervals; chance as a tick where it is known.
+    """Accuracy per detail, one dot per tower, with intervals; chance as a tick where it is known.
 
     Args:
         details: names, top to bottom.
@@ -251,7 +254,7 @@ def probes_figure(
             axes.axhline(y - 0.5, color="#EEEEEE", linewidth=0.8, zorder=0)
         axes.set_yticks(places, [_short(d, 28) for d in details])
         axes.tick_params(axis="y", length=0)
-        axes.set(xlim=(0, 101), ylim=(-0.6, len(details) - 0.4), xlabel="linear-probe accuracy, %")
+        axes.set(xlim=(0, 101), ylim=(-0.6, len(details) - 0.4), xlabel=measure)
         axes.grid(axis="x", color="#E5E5E5", linewidth=0.8)
         axes.set_axisbelow(True)
         figure.legend(loc="outside upper right", ncols=len(towers) + 1)

@@ -8,7 +8,7 @@ Legend: B rows, a question with one of its options each; L tokens, V vocabulary,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llava_genhancer.data.decode import BadImage, decode
 from llava_genhancer.errors import InputError
+from llava_genhancer.evaluate.mmvp_vlm import short_labels
 from llava_genhancer.evaluate.question_results import BLIND, Answer, QuestionResult, save_results
 from llava_genhancer.evaluate.words import p_value, percent
 from llava_genhancer.llava.conversation import IGNORE_INDEX, IMAGE, IMAGE_TOKEN_INDEX, Encoded, Turn, encode
@@ -176,10 +177,11 @@ def _blank(processor: Any) -> Image.Image:
 
 
 def run(
-    checkpoints: Mapping[str, str | Path],
+    checkpoints: Sequence[str | Path],
     data: str | Path,
     output: str | Path,
     *,
+    labels: Sequence[str] | None = None,
     template: str = "v1",
     batch_size: int = 64,
     device: str | None = None,
@@ -187,9 +189,10 @@ def run(
     """Ask every checkpoint, and the first also without its image; print a table and write the JSON.
 
     Args:
-        checkpoints: label to folder, HF's form or the original's; the others are compared with the first.
+        checkpoints: folders in HF's form or the original's; the others are compared with the first.
         data: folder with ``questions.json`` and ``images/``.
         output: the JSON to write.
+        labels: names for tables and figure, one per checkpoint; default: as much of each path as tells them apart.
 
     Returns:
         What the JSON holds.
@@ -199,9 +202,11 @@ def run(
     """
     from llava_genhancer.llava.chat import load_llava
 
+    if labels is not None and len(labels) != len(checkpoints):
+        raise InputError(f"{len(labels)} labels for {len(checkpoints)} checkpoints: give one each")
     questions = load_questions(data)
     results: list[QuestionResult] = []
-    for label, checkpoint in checkpoints.items():
+    for label, checkpoint in zip(labels or short_labels([str(c) for c in checkpoints]), checkpoints, strict=True):
         model, processor = load_llava(checkpoint, device=device)
         weights = {p.name: sha256(p) for p in sorted(Path(checkpoint).glob("*.safetensors"))}
         for name, blank in [(label, False)] if results else [(label, False), (BLIND, True)]:

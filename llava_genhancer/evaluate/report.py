@@ -15,15 +15,15 @@ from typing import Any
 from PIL import Image
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate import figures
+from llava_genhancer.evaluate import figures, llava_report
 from llava_genhancer.evaluate.markdown import block, code, table, text
 from llava_genhancer.evaluate.mmvp_results import GUESS, ONE_PAIR, MmvpResult, compare, load_results
 from llava_genhancer.evaluate.words import duration, fields, flat, mmvp_table, number, paper_rows, percent, verdict
 from llava_genhancer.run import MANIFEST, read_json, write_json, write_text
 
 STAGES = (1, 2)
-PARTS = (MANIFEST, "stage1", "stage2", "tower", "eval")
-FIGURES = ("loss.png", "t_density.png", "reconstructions.png", "mmvp_vlm.png", "probes.png")
+PARTS = (MANIFEST, "stage1", "stage2", "tower", "eval", "llava-pretrain", "llava-finetune")
+FIGURES = ("loss.png", "t_density.png", "reconstructions.png", "mmvp_vlm.png", "probes.png", llava_report.FIGURE)
 GRID_ROWS, GRID_COLUMNS, KEYS_SHOWN = 6, 8, 20
 # Recipe fields worth a reader's first look; the others follow folded away.
 FIRST_FIELDS = (
@@ -53,10 +53,11 @@ def write_report(run_dir: str | Path) -> Path:
 def _write(run_dir: Path) -> Path:
     report = _Report(run_dir)
     mmvp, probes = report.part("MMVP-VLM", report.mmvp), report.part("probes", report.probes)
+    llava = report.part("LLaVA", report.llava)
     training, pictures = report.part("training", report.training), report.part("pictures", report.reconstructions)
     data, recipe = report.part("skipped images", report.data), report.part("recipe", report.recipe)
     commands = report.part("commands", report.commands)  # before not_shown(), which tells what failed
-    parts = [report.summary(), mmvp, probes, training, pictures, data, recipe, report.not_shown(), commands]
+    parts = [report.summary(), mmvp, probes, llava, training, pictures, data, recipe, report.not_shown(), commands]
     name = report.values.get("name") or run_dir.resolve().name
     body = "\n\n".join([f"# {text(name)}: report", *(part for part in parts if part)]) + "\n"
     try:
@@ -260,6 +261,18 @@ class _Report:
         picture = self.figure("probes.png", "Linear-probe accuracy per detail")
         return "\n\n".join(["## Linear probes", picture, table(["detail", "n", *towers, "change"], rows), note])
 
+    def llava(self) -> str:
+        trained, facts = llava_report.trainings(self.run_dir)
+        parts = [trained] if trained else []
+        if (self.run_dir / llava_report.QUESTIONS).is_file():
+            asked, lines, measured = llava_report.answers(self.run_dir)
+            parts = [self.figure(llava_report.FIGURE, "Questions answered right, per detail"), *asked, *parts]
+            self.headlines += lines
+            self.facts["questions"] = measured
+        if facts:
+            self.facts["llava"] = facts
+        return "\n\n".join(["## LLaVA", *parts]) if parts else ""
+
     def data(self) -> str:
         parts = []
         for stage in STAGES:
@@ -301,7 +314,9 @@ class _Report:
             where = ["--data", str(values["benchmark"]["path"]), "--output", str(measured)]
             lines.append(shlex.join(["llava-genhancer", "mmvp-vlm", *towers, *where]))
         lines.append(shlex.join(["llava-genhancer", "report", str(self.run_dir)]))
-        return "## To repeat this\n\n" + block([" ".join(line.split("\n")) for line in lines])
+        said = f"Recipes, versions and seeds: {links}." if (links := llava_report.manifests(self.run_dir)) else ""
+        again = block([" ".join(line.split("\n")) for line in lines])
+        return "\n\n".join(["## To repeat this", *([said] if said else []), again])
 
 
 def _before_and_after(results: list[MmvpResult]) -> list[MmvpResult]:

@@ -151,7 +151,7 @@ def pad(samples: list[Encoded]) -> tuple[Tensor, Tensor]:
     return ids, labels
 
 
-def train_llama(*, seed: int, steps: int = 2000, batch_size: int = 32, learning_rate: float = 3e-3) -> LlamaForCausalLM:
+def train_llama(*, seed: int, steps: int = 1200, batch_size: int = 32, learning_rate: float = 3e-3) -> LlamaForCausalLM:
     """Train on fresh text; a batch holds samples of one form, so that little of it is padding."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = write_tokenizer(folder)

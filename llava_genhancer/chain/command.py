@@ -1,0 +1,142 @@
+"""The arguments of ``scripts/enhance_then_llava.sh``, and the chain they ask for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava_genhancer.chain.running import run, show
+from llava_genhancer.chain.steps import PRESETS, Choices, plan
+from llava_genhancer.errors import InputError
+
+PROG = "enhance_then_llava"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.exit(2, f"{self.prog}: {message}; --help says more\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Long options must be written out, since any recipe field may follow."""
+    p = _Parser(
+        prog=PROG,
+        allow_abbrev=False,
+        description="Enhance a vision tower, train LLaVA-1.5 with it, measure both, report. Run it again to go on: "
+        "what is finished is not done twice.",
+        epilog="Any recipe field may follow: --stage2.max_steps 100 is the enhancement's, --llava.finetune.epochs 2 "
+        "LLaVA's, --seed 1 both's. Several machines: --hostfile FILE (DeepSpeed's), or sbatch "
+        "scripts/slurm_enhance_then_llava.sh. tiny takes minutes on a CPU and downloads nothing.",
+    )
+    p.add_argument("preset", metavar="PRESET", help=", ".join(PRESETS))
+    p.add_argument("--output_dir", metavar="RUN", type=Path, help="run folder (default: runs/PRESET)")
+    p.add_argument("--tower", metavar="DIR", help="use this tower: nothing is enhanced")
+    p.add_argument("--baseline", action="store_true", help="train with the original tower too (tiny always does)")
+    p.add_argument("--data", metavar="PATH", help="images to enhance with: tar shards, folder, dataset or LLaVA's JSON")
+    p.add_argument("--mmvp", metavar="DIR", help="MMVP-VLM's folder; without it that step is left out")
+    p.add_argument("--llava_data", metavar="DIR", type=Path, help="LLaVA's data (default: playground/data)")
+    p.add_argument("--fork", metavar="DIR", type=Path, help="train LLaVA with the code of this fork's checkout")
+    p.add_argument("--fork_python", metavar="EXE", default="python", help="interpreter of the fork's environment")
+    p.add_argument("--hostfile", metavar="FILE", help="DeepSpeed's list of machines")
+    p.add_argument("--deepspeed", metavar="JSON", help="for every training (default: ZeRO-2, ZeRO-3 for finetuning)")
+    p.add_argument("--from", dest="start", metavar="STEP", help="start here; what comes before is taken as it is")
+    p.add_argument("--dry_run", action="store_true", help="print the plan and stop")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the plan, run it, exit with the status of the step that failed or 0."""
+    try:
+        status = _main(list(sys.argv[1:] if argv is None else argv))
+    except InputError as error:
+        print(f"{PROG}: {' '.join(str(error).split())}", file=sys.stderr)
+        status = 2
+    sys.exit(status)
+
+
+def _main(argv: list[str]) -> int:
+    args, rest = parser().parse_known_args(argv)
+    choices = Choices(
+        preset=args.preset,
+        run_dir=args.output_dir or Path("runs") / args.preset,
+        tower=args.tower,
+        baseline=args.baseline,
+        fork=args.fork,
+        fork_python=args.fork_python,
+        data=args.data,
+        mmvp=args.mmvp,
+        llava_data=args.llava_data,
+        hostfile=args.hostfile,
+        deepspeed=args.deepspeed,
+        world=_world(args.hostfile) if args.fork and args.preset != "tiny" else 1,
+        fields=fields(rest),
+    )
+    steps = plan(choices)
+    print(show(steps, choices), flush=True)
+    if args.dry_run:
+        return 0
+    check(choices)
+    return run(steps, choices, args.start)
+
+
+def fields(words: Sequence[str]) -> dict[str, str]:
+    """``--name value`` and ``--name=value`` pairs.
+
+    Raises:
+        InputError: something else, or a name without a value.
+    """
+    found: dict[str, str] = {}
+    rest = list(words)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if not name.startswith("--"):
+            raise InputError(f"unexpected argument '{name}'; recipe fields are given as --name value")
+        if not equals:
+            if not rest:
+                raise InputError(f"{name} needs a value")
+            value = rest.pop(0)
+        found[name.removeprefix("--")] = value
+    return found
+
+
+def check(choices: Choices) -> None:
+    """What would stop the first step or a later one anyway, said before hours are spent.
+
+    Raises:
+        InputError: no GPU, no images, no LLaVA data, no such tower, fork or hostfile.
+    """
+    from llava_genhancer.chain.needs import llava_data
+
+    for name, path in (("--fork", choices.fork), ("--hostfile", choices.hostfile), ("--deepspeed", choices.deepspeed)):
+        if path is not None and not Path(path).exists():
+            raise InputError(f"{name} {path} does not exist")
+    if choices.tower is not None and choices.tower.startswith((".", "/")) and not Path(choices.tower).is_dir():
+        raise InputError(f"--tower {choices.tower} is not a folder")
+    if not choices.gpus:
+        return
+    if choices.tower is None and choices.data is None:
+        raise InputError(
+            f"{choices.preset} needs images to enhance with: add --data PATH (tar shards, an image folder, a dataset "
+            "or LLaVA's JSON), or --tower DIR to use a tower as it is"
+        )
+    for name, data in llava_data(choices.preset, choices.llava_data).items():
+        if not data.there:
+            raise InputError(
+                f"{data.json} or {data.images} is missing: the plan's step {name} shows the commands to get it"
+            )
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError(f"torch finds no GPU here and {choices.preset} needs one: use the preset tiny")
+
+
+def _world(hostfile: str | None) -> int:
+    """GPUs in all: those of this machine, or the hostfile's slots."""
+    if hostfile is not None and Path(hostfile).is_file():
+        lines = [line.partition("#")[0] for line in Path(hostfile).read_text().splitlines()]
+        return max(1, sum(int(line.partition("slots=")[2] or 1) for line in lines if line.strip()))
+    import torch
+
+    return max(1, torch.cuda.device_count())

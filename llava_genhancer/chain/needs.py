@@ -1,0 +1,98 @@
+"""What the chain's steps need: LLaVA's data and where they come from, GPU memory, disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_genhancer.llava.recipes import LlavaRecipe
+
+LLAVA_DATA = Path("playground/data")  # where LLaVA's own scripts look
+PARAMETERS = {"vicuna-7b": 6_738_415_616, "vicuna-13b": 13_015_864_320}
+
+
+@dataclass(frozen=True)
+class Data:
+    """A JSON of LLaVA's and the root of its image paths, with the commands that fetch them."""
+
+    json: Path
+    images: Path
+    downloads: tuple[str, ...] = ()
+
+    @property
+    def there(self) -> bool:
+        return self.json.is_file() and self.images.is_dir()
+
+
+def llava_data(preset: str, root: Path | None) -> dict[str, Data]:
+    """The data of both trainings, in LLaVA's own layout below ``root``; the toy world brings its own."""
+    if preset == "tiny" and root is None:
+        from llava_genhancer.toyworld.paths import cache_folder
+
+        world = cache_folder() / "llava"
+        return {name: Data(world / f"{name}.json", world / "images") for name in ("pretrain", "finetune")}
+    root = root or LLAVA_DATA
+    pretrain = root / "LLaVA-Pretrain"
+    return {
+        "pretrain": Data(
+            pretrain / "blip_laion_cc_sbu_558k.json",
+            pretrain / "images",
+            (
+                f"hf download liuhaotian/LLaVA-Pretrain --repo-type dataset --local-dir {pretrain}",
+                f"unzip -q {pretrain}/images.zip -d {pretrain}/images",
+            ),
+        ),
+        "finetune": Data(root / "llava_v1_5_mix665k.json", root, tuple(_finetune_downloads(root))),
+    }
+
+
+def _finetune_downloads(root: Path) -> list[str]:
+    """Sizes are those that the sources state."""
+
+    def unpacked(url: str, folder: str, size: str) -> str:
+        return f"wget -c {url} -O {root}/part.zip && unzip -q {root}/part.zip -d {root}/{folder}  # {size}"
+
+    genome = "https://cs.stanford.edu/people/rak248/VG_100K_2"
+    return [
+        "hf download liuhaotian/LLaVA-Instruct-150K llava_v1_5_mix665k.json --repo-type dataset "
+        f"--local-dir {root}  # 1 GB",
+        unpacked("http://images.cocodataset.org/zips/train2017.zip", "coco", "18 GB"),
+        unpacked("https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip", "gqa", "20 GB"),
+        unpacked("https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip", "textvqa", "7 GB"),
+        unpacked(f"{genome}/images.zip", "vg", "9 GB"),
+        unpacked(f"{genome}/images2.zip", "vg", "5 GB"),
+        f"# ocr_vqa: loadDataset.py of https://ocr-vqa.github.io, every image as .jpg into {root}/ocr_vqa/images",
+    ]
+
+
+def needs(step: str, preset: str, llava: LlavaRecipe, data: Mapping[str, Data]) -> list[str]:
+    """Lines for the plan: memory, disk, and data that are not there yet with how to get them."""
+    if preset == "tiny":
+        return []
+    if step == "enhance":
+        return ["memory and disk as `llava-genhancer doctor openai-l14-336` predicts them for this machine"]
+    if step not in data:
+        return []
+    lines = _memory(step, PARAMETERS[preset], llava)
+    if not data[step].there:
+        lines.append(f"{data[step].json} and {data[step].images}, not there yet:")
+        lines += [f"    {command}" for command in data[step].downloads]
+    return lines
+
+
+def _memory(step: str, parameters: int, llava: LlavaRecipe) -> list[str]:
+    """Counted from the parameters, not measured; activations come on top."""
+    weights = f"{2 * parameters / 1e9:.0f} GB"
+    if step == "pretrain":
+        return [f"{weights} of GPU memory for the frozen bf16 language model, and its activations; a few GB of disk"]
+    if llava.lora_rank:
+        return [
+            f"{weights} of GPU memory for the frozen bf16 weights, shared by the GPUs under ZeRO-3, and activations"
+        ]
+    # bf16 weights and gradients, fp32 masters and AdamW's two moments; a checkpoint keeps all but the gradients.
+    kept = llava.keep_checkpoints + 1
+    return [
+        f"{16 * parameters / 1e9:.0f} GB of GPU memory over all GPUs under ZeRO-3, and activations",
+        f"{(14 * kept + 8) * parameters / 1e9:.0f} GB of disk: {kept} checkpoints while one is written, and exports",
+    ]

@@ -1,0 +1,87 @@
+"""The chain's plan in words, and its steps run in order up to the first that fails."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava_genhancer.chain import fork
+from llava_genhancer.chain.steps import Choices, Step
+from llava_genhancer.errors import InputError
+from llava_genhancer.resources import resource_dir
+
+
+def words_of(step: Step, choices: Choices) -> list[str]:
+    """The whole command of a step, as a shell would run it."""
+    zero = choices.deepspeed or (str(resource_dir("configs") / "deepspeed" / f"{step.zero}.json") if step.zero else "")
+    if step.fork is not None:
+        return fork.launched(choices.fork_python, step.command, zero if choices.gpus else None, choices.hostfile)
+    if step.zero is None or not choices.gpus:
+        return [sys.executable, "-m", "llava_genhancer", *step.command]
+    hosts = ["--hostfile", choices.hostfile] if choices.hostfile else []
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *hosts, "--module", "llava_genhancer"]
+    return [*launcher, *step.command, "--deepspeed", zero]
+
+
+def show(steps: Sequence[Step], choices: Choices) -> str:
+    """The plan in words: each step's needs and command."""
+    lines = [f"{choices.preset}: {', '.join(step.name for step in steps)} -> {choices.run_dir}"]
+    for step in steps:
+        lines.append(f"\n{step.name}" + ("  (done before)" if step.done_before() else ""))
+        lines += [f"  needs {need}" for need in step.needs]
+        place = f"cd {shlex.quote(str(step.fork))} && " if step.fork else ""
+        lines.append(f"  $ {place}{shlex.join(words_of(step, choices))}")
+    return "\n".join(lines)
+
+
+def run(steps: Sequence[Step], choices: Choices, start: str | None = None) -> int:
+    """Run the steps, from ``start`` on; ends at the first that fails.
+
+    Returns:
+        The failed step's exit status, or 0.
+
+    Raises:
+        InputError: no step is called ``start``.
+    """
+    names = [step.name for step in steps]
+    if start is not None and start not in names:
+        raise InputError(f"--from {start}: this plan has the steps {', '.join(names)}")
+    if choices.preset == "tiny":
+        from llava_genhancer.toyworld.writers import prepare
+
+        prepare()
+    for step in steps[names.index(start) if start else 0 :]:
+        if step.done_before():
+            print(f"== {step.name}: done before ({step.result})", flush=True)
+            continue
+        print(f"== {step.name}", flush=True)
+        began = time.monotonic()
+        status = _run_step(step, choices)
+        if status:
+            print(
+                f"enhance_then_llava: {step.name} ended with status {status}: the lines above say why; repeat the "
+                "command to go on",
+                file=sys.stderr,
+            )
+            return status
+        print(f"== {step.name}: {time.monotonic() - began:.0f} s", flush=True)
+    return 0
+
+
+def _run_step(step: Step, choices: Choices) -> int:
+    if step.fork is None and (step.zero is None or not choices.gpus):
+        from llava_genhancer.cli import main
+
+        try:
+            main(step.command)  # in this process: the libraries are loaded once
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+    # DeepSpeed looks for ninja on PATH.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return subprocess.call(words_of(step, choices), cwd=step.fork, env={**os.environ, "PATH": path})

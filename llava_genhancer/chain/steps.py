@@ -1,0 +1,155 @@
+"""From a vision tower to a measured LLaVA: the steps of a preset, as commands of ``llava-genhancer``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from llava_genhancer import recipes
+from llava_genhancer.chain import fork
+from llava_genhancer.chain.needs import Data, llava_data, needs
+from llava_genhancer.errors import InputError
+from llava_genhancer.llava import recipes as llava_recipes
+
+# Preset to the recipe that enhances LLaVA's tower; the LLaVA recipe is called like the preset.
+PRESETS = {"tiny": "tiny", "vicuna-7b": "openai-l14-336", "vicuna-13b": "openai-l14-336"}
+LLAVA = "llava."  # prefix of the fields meant for LLaVA's trainings
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the chain.
+
+    Attributes:
+        command: words after ``llava-genhancer``, or what a fork's trainer takes.
+        zero: DeepSpeed JSON of a training on GPUs; None for what runs in one process.
+        result, sources: the step is skipped while ``result`` is newer than all ``sources``; without a ``result`` it is
+            run every time, since our trainings know by themselves what is done.
+        needs: lines for the plan.
+        fork: the folder of the fork whose trainer it is.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    zero: str | None = None
+    result: Path | None = None
+    sources: tuple[Path, ...] = ()
+    needs: tuple[str, ...] = ()
+    fork: Path | None = None
+
+    def done_before(self) -> bool:
+        if self.result is None or not self.result.exists():
+            return False
+        return all(s.exists() and s.stat().st_mtime <= self.result.stat().st_mtime for s in self.sources)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What a user chose; the defaults are the preset's."""
+
+    preset: str
+    run_dir: Path
+    tower: str | None = None
+    baseline: bool = False
+    fork: Path | None = None
+    fork_python: str = "python"
+    world: int = 1
+    data: str | None = None
+    mmvp: str | None = None
+    llava_data: Path | None = None
+    hostfile: str | None = None
+    deepspeed: str | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def gpus(self) -> bool:
+        return self.preset != "tiny"
+
+
+def plan(choices: Choices) -> list[Step]:
+    """The steps of a preset, first to last; nothing is read or written but recipes.
+
+    Raises:
+        InputError: no such preset, or a field or an option that does not fit.
+    """
+    if choices.preset not in PRESETS:
+        raise InputError(f"no preset '{choices.preset}': there are {', '.join(PRESETS)}")
+    enhance_fields, llava_fields = split_fields(choices.fields)
+    recipe = recipes.override(recipes.get_recipe(PRESETS[choices.preset]), enhance_fields)
+    llava = recipes.override(llava_recipes.get_recipe(choices.preset), llava_fields)
+    run_dir, original = choices.run_dir, recipe.backbone
+    own = run_dir / "tower"
+    tower = choices.tower or str(own.absolute() if choices.fork else own)
+    steps = []
+    if choices.tower is None:
+        data = ["--data", choices.data] if choices.data else []
+        command = ["enhance", recipe.name, "--output_dir", str(run_dir), *data, *fork.options(enhance_fields)]
+        steps.append(Step("enhance", tuple(command), zero="zero2"))
+    if (pairs := choices.mmvp or _toy("mmvp_test", choices)) is not None:
+        steps.append(_measure("mmvp", ["mmvp-vlm", original, tower, "--data", pairs], run_dir, "mmvp_vlm", [tower]))
+    if choices.preset == "tiny":
+        steps.append(_measure("probes", ["probes", original, tower], run_dir, "probes", [tower]))
+    data_of = llava_data(choices.preset, choices.llava_data)
+    trained = [(run_dir, tower, "")]
+    if choices.baseline or choices.preset == "tiny":
+        trained.append((run_dir / "baseline", original, "baseline-"))
+    for folder, eyes, prefix in trained:
+        steps += _llava(choices, llava, llava_fields, data_of, folder, eyes, prefix)
+    if choices.preset == "tiny":
+        form = "." if choices.fork else "hf"
+        folders = [str(folder / "llava-finetune" / form) for folder, _, _ in reversed(trained)]
+        words = ["questions", *folders, "--labels", "original", "enhanced", "--data", _toy("questions_test", choices)]
+        steps.append(_measure("questions", words, run_dir, "questions", folders))
+    steps.append(Step("report", ("report", str(run_dir))))
+    return [
+        replace(step, needs=tuple(needs(step.name.removeprefix("baseline-"), choices.preset, llava, data_of)))
+        for step in steps
+    ]
+
+
+def split_fields(fields: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Fields of the enhancement, and those of LLaVA's trainings (``llava.NAME``); ``seed`` goes to both."""
+    llava = {name.removeprefix(LLAVA): value for name, value in fields.items() if name.startswith(LLAVA)}
+    ours = {name: value for name, value in fields.items() if not name.startswith(LLAVA)}
+    return ours, ({"seed": ours["seed"]} if "seed" in ours else {}) | llava
+
+
+def _llava(
+    choices: Choices,
+    llava: llava_recipes.LlavaRecipe,
+    fields: Mapping[str, str],
+    data: Mapping[str, Data],
+    folder: Path,
+    tower: str,
+    prefix: str,
+) -> list[Step]:
+    """Pretraining and finetuning with one tower, by this package or by a fork."""
+    steps = []
+    for name, zero in (("pretrain", "zero2"), ("finetune", "zero3")):
+        if choices.fork is not None:
+            words = fork.arguments(llava, name, data[name], tower, folder, choices.world)
+            before = fork.result("pretrain", folder) if name == "finetune" else Path(tower) / "config.json"
+            sources = (before,) if before.exists() or name == "finetune" else ()
+            result = fork.result(name, folder)
+            steps.append(Step(prefix + name, tuple(words), zero, result, sources, fork=choices.fork))
+            continue
+        given = {"tower": tower, f"{name}.data": str(data[name].json), f"{name}.image_folder": str(data[name].images)}
+        words = ["llava", name, choices.preset, "--output_dir", str(folder), *fork.options(given | dict(fields))]
+        steps.append(Step(prefix + name, tuple(words), zero=zero))
+    return steps
+
+
+def _measure(name: str, command: Sequence[str | None], run_dir: Path, file: str, sources: Sequence[str]) -> Step:
+    result = run_dir / "eval" / f"{file}.json"
+    words = (*(word for word in command if word is not None), "--output", str(result))
+    return Step(name, words, result=result, sources=tuple(Path(s) / "config.json" for s in sources))
+
+
+def _toy(name: str, choices: Choices) -> str | None:
+    """A folder of the rendered toy world; None for the big presets."""
+    if choices.preset != "tiny":
+        return None
+    from llava_genhancer.toyworld.paths import cache_folder
+
+    return str(cache_folder() / name)

@@ -1,0 +1,184 @@
+"""The chain's plan, its checks, what it skips, and where it stops; the script itself once."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llava_genhancer.chain import command, running
+from llava_genhancer.chain.fork import arguments
+from llava_genhancer.chain.needs import Data, llava_data
+from llava_genhancer.chain.steps import Choices, Step, plan, split_fields
+from llava_genhancer.errors import InputError
+from llava_genhancer.llava.recipes import get_recipe
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "enhance_then_llava.sh"
+TINY = ["enhance", "mmvp", "probes", "pretrain", "finetune", "baseline-pretrain", "baseline-finetune", "questions",
+        "report"]  # fmt: skip
+
+
+def choices(preset: str = "tiny", **values) -> Choices:
+    return Choices(preset=preset, run_dir=Path("run"), **values)
+
+
+def names(steps: list[Step]) -> list[str]:
+    return [step.name for step in steps]
+
+
+def test_the_steps_of_each_choice() -> None:
+    assert names(plan(choices())) == TINY
+    assert names(plan(choices(tower="/some/tower"))) == TINY[1:]
+    assert names(plan(choices("vicuna-7b"))) == ["enhance", "pretrain", "finetune", "report"]
+    with_all = plan(choices("vicuna-13b", mmvp="pairs", baseline=True))
+    assert names(with_all) == ["enhance", "mmvp", *TINY[3:7], "report"]
+
+
+def test_both_towers_are_trained_on_the_same_data_in_folders_of_their_own() -> None:
+    steps = {step.name: step.command for step in plan(choices())}
+    for name in ("pretrain", "finetune"):
+        enhanced, original = steps[name], steps[f"baseline-{name}"]
+        differing = {a: b for a, b in zip(enhanced, original, strict=True) if a != b}
+        assert differing == {"run": "run/baseline", "run/tower": "toyworld:clip"}
+    asked = steps["questions"]
+    assert asked[1:5] == ("run/baseline/llava-finetune/hf", "run/llava-finetune/hf", "--labels", "original")
+    assert asked[asked.index("--data") + 1].endswith("questions_test"), (
+        "never the questions that settings were chosen on"
+    )
+
+
+def test_fields_go_where_they_belong() -> None:
+    assert split_fields({"seed": "3", "stage1.max_steps": "5", "llava.llm": "x"}) == (
+        {"seed": "3", "stage1.max_steps": "5"},
+        {"seed": "3", "llm": "x"},
+    )
+    steps = {s.name: s.command for s in plan(choices(fields={"lora_rank": "4", "llava.finetune.epochs": "3"}))}
+    assert steps["enhance"][-2:] == ("--lora_rank", "4")
+    assert steps["finetune"][-2:] == ("--finetune.epochs", "3")
+    for wrong, near in (("stage1.max_step", "stage1.max_steps"), ("llava.finetune.epoch", "finetune.epochs")):
+        with pytest.raises(InputError, match=near):
+            plan(choices(fields={wrong: "1"}))
+
+
+def test_trainings_on_gpus_go_through_deepspeed_and_measurements_do_not() -> None:
+    chosen = choices("vicuna-7b", mmvp="pairs", hostfile="hosts")
+    words = {step.name: running.words_of(step, chosen) for step in plan(chosen)}
+    for name, zero in (("enhance", "zero2"), ("pretrain", "zero2"), ("finetune", "zero3")):
+        assert words[name][:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
+        assert words[name][3:7] == ["--hostfile", "hosts", "--module", "llava_genhancer"]
+        assert Path(words[name][-1]).name == f"{zero}.json"
+        assert Path(words[name][-1]).is_file()
+    for name in ("mmvp", "report"):
+        assert words[name][:3] == [sys.executable, "-m", "llava_genhancer"]
+        assert "--deepspeed" not in words[name]
+
+
+def test_a_forks_trainer_gets_llavas_own_arguments(tmp_path) -> None:
+    data = Data(tmp_path / "a.json", tmp_path)
+    recipe = get_recipe("vicuna-7b")
+    given = dict(zip(*[iter(arguments(recipe, "finetune", data, "openai/clip", tmp_path, world=4))] * 2, strict=True))
+    expected = {
+        "--version": "v1", "--vision_tower": "openai/clip", "--mm_projector_type": "mlp2x_gelu",
+        "--mm_vision_select_layer": "-2", "--image_aspect_ratio": "pad", "--group_by_modality_length": "True",
+        "--per_device_train_batch_size": "16", "--gradient_accumulation_steps": "2", "--learning_rate": "2e-05",
+        "--model_max_length": "2048", "--bf16": "True", "--tf32": "True",
+        "--pretrain_mm_mlp_adapter": str(tmp_path / "llava-pretrain" / "mm_projector.bin"),
+    }  # fmt: skip
+    assert {name: given[name] for name in expected} == expected
+    chosen = choices(fork=tmp_path, fork_python="/fork/python")
+    words = {step.name: running.words_of(step, chosen) for step in plan(chosen)}
+    assert words["pretrain"][:4] == ["/fork/python", "-m", "llava_genhancer.launch", "llava.train.train"]
+    assert str(Path("run/tower").absolute()) in words["pretrain"]
+    assert words["questions"][4] == "run/baseline/llava-finetune"
+
+
+def test_a_measurement_is_skipped_while_it_is_newer_than_what_it_measures(tmp_path, capsys) -> None:
+    source, result = tmp_path / "config.json", tmp_path / "result.json"
+    step = Step("mmvp", ("no such verb",), result=result, sources=(source,))
+    source.write_text("{}")
+    assert not step.done_before()
+    result.write_text("{}")
+    os.utime(source, (1, 1))
+    assert step.done_before()
+    big = choices("vicuna-7b")
+    assert running.run([step], big) == 0
+    assert "done before" in capsys.readouterr().out
+    os.utime(result, (0, 0))
+    assert not step.done_before()
+    source.unlink()
+    result.touch()
+    assert not step.done_before(), "what it measured has gone"
+
+
+def test_the_chain_stops_at_the_first_failure_and_keeps_its_status(capfd, tmp_path) -> None:
+    good, bad = Step("one", ("recipes", "--json")), Step("two", ("report", str(tmp_path / "nowhere")))
+    assert running.run([good, bad, good], choices("vicuna-7b")) == 2
+    said = capfd.readouterr()
+    assert said.out.count("== one") == 2, "begun and ended once"
+    assert said.err.splitlines()[-1].startswith("enhance_then_llava: two ended with status 2")
+    assert running.run([bad, good], choices("vicuna-7b"), start="one") == 0
+    with pytest.raises(InputError, match="one, two"):
+        running.run([good, bad], choices("vicuna-7b"), start="three")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["mini"], "there are tiny, vicuna-7b, vicuna-13b"),
+        ([], "PRESET"),
+        (["tiny", "--stage1.max_step", "5"], "stage1.max_steps"),
+        (["tiny", "surplus"], "surplus"),
+        (["tiny", "--seed"], "--seed needs a value"),
+        (["tiny", "--fork", "/nowhere"], "--fork /nowhere does not exist"),
+        (["tiny", "--tower", "/nowhere"], "--tower /nowhere is not a folder"),
+        (["vicuna-7b"], "add --data PATH"),
+        (["vicuna-7b", "--data", "x", "--llava_data", "/nowhere"], "step pretrain shows the commands"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, said, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        command.main(arguments)
+    assert end.value.code == 2
+    errors = capsys.readouterr().err
+    assert said in errors
+    assert errors.count("\n") == 1
+    assert errors.startswith("enhance_then_llava: ")
+
+
+def test_the_plan_says_what_is_missing_and_how_to_get_it(tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        command.main(["vicuna-7b", "--dry_run", "--llava_data", str(tmp_path), "--output_dir", str(tmp_path / "run")])
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    for words in (
+        "108 GB of GPU memory", "blip_laion_cc_sbu_558k.json", "LLaVA-Instruct-150K llava_v1_5_mix665k.json",
+        "train2017.zip", "gqa/images.zip", "train_val_images.zip", "VG_100K_2/images2.zip", "ocr_vqa",
+    ):  # fmt: skip
+        assert words in said, words
+    assert not list(tmp_path.iterdir()), "a dry run writes nothing"
+    for data in llava_data("vicuna-7b", tmp_path).values():
+        data.images.mkdir(parents=True, exist_ok=True)
+        data.json.write_text(json.dumps([]))
+    with pytest.raises(SystemExit):
+        command.main(["vicuna-7b", "--dry_run", "--llava_data", str(tmp_path)])
+    assert "wget" not in capsys.readouterr().out
+
+
+def test_a_hostfiles_slots_are_counted(tmp_path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# ours\none slots=8\ntwo slots=4  # half\n\n")
+    assert command._world(str(hosts)) == 12
+
+
+def test_the_script_finds_the_package_and_hands_on_what_it_gets(tmp_path) -> None:
+    environment = {**os.environ, "PYTHON": sys.executable}
+    asked = ["bash", str(SCRIPT), "tiny", "--dry_run", "--output_dir", str(tmp_path / "a run")]
+    done = subprocess.run(asked, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"--output_dir '{tmp_path / 'a run'}'" in done.stdout
+    missing = subprocess.run(asked, env={**environment, "PYTHON": "/bin/false"}, capture_output=True, text=True)
+    assert missing.returncode == 2
+    assert "make install" in missing.stderr
+    assert missing.stderr.count("\n") == 1
