@@ -1,7 +1,6 @@
 """The folders that travel with the package, and what DeepSpeed's JSONs say and leave out."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
