@@ -226,9 +226,9 @@ def _same(parameter: nn.Parameter, expected: Tensor) -> bool:
     if parameter.is_meta:
         return True  # built inside a larger checkpoint's loading, which fills it and reports what is missing
     if hasattr(parameter, "ds_id"):  # ZeRO-3 left a slice here
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters([parameter]):
             return torch.equal(parameter.cpu(), expected.to(parameter.dtype))
     return torch.equal(parameter.cpu(), expected.to(parameter.dtype))
 

@@ -23,6 +23,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
     "TOKENIZERS_PARALLELISM": "false",
+    "PATH": f"{Path(PYTHON or '').parent}:{os.environ['PATH']}",  # DeepSpeed looks for ninja there
 }
 UNTOUCHED = [str(HERE / "old_llava.py"), "train"]
 LAUNCHED = ["-m", "llava_genhancer.launch", "llava.train.train"]
@@ -180,3 +181,24 @@ def test_untouched_llava_refuses_a_siglip_folder(llm: Path, data: Path, images_f
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert "size mismatch" in done.stderr or "mismatched" in done.stderr, done.stderr[-2000:]
+
+
+def test_deepspeed_launches_llavas_two_stages(llm: Path, data: Path, images_folder: Path, tmp_path: Path) -> None:
+    """The recipe's ZeRO-2, then its ZeRO-3, which leaves a rank slices of the tower that are compared all the same.
+
+    ZeRO-3 has one rank: on a CPU, transformers 4.37 lets DeepSpeed believe that there is no other.
+    """
+    from transformers import SiglipModel
+
+    from llava_genhancer.resources import resource_dir
+    from llava_genhancer.tower.export import save_tower
+    from llava_genhancer.toyworld.models import save_siglip
+
+    source = save_siglip(tmp_path / "original")
+    tower = save_tower(SiglipModel.from_pretrained(source), tmp_path / "tower", source=str(source), marker={})
+    for stage, ranks, zero in (("pretrain", "2", "zero2.json"), ("finetune", "1", "zero3.json")):
+        launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", ranks, "--module", *LAUNCHED[1:]]
+        deepspeed = ["--deepspeed", resource_dir("configs") / "deepspeed" / zero]
+        call(*launcher, *deepspeed, *arguments(stage, llm, tower, data, images_folder, tmp_path))
+    assert (tmp_path / "llava-tiny-pretrain" / "mm_projector.bin").is_file()
+    assert list((tmp_path / "llava-tiny-finetune").glob("*.safetensors"))
