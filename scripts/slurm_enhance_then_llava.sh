@@ -22,7 +22,11 @@ trap 'rm -f "$hostfile"' EXIT
 slots=${SLURM_GPUS_ON_NODE:-$(nvidia-smi --list-gpus | wc -l)}
 scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$slots/" >"$hostfile"
 
-# Five minutes before the time is up, trainings save and end.
+# Five minutes before the time is up, trainings are told to save and end; the second wait is for that.
 bash scripts/enhance_then_llava.sh "$@" --hostfile "$hostfile" &
-trap 'kill -TERM $! 2>/dev/null' TERM
-wait $! || { status=$?; wait $! 2>/dev/null || true; exit $status; }
+chain=$!
+trap 'kill -TERM "$chain"' TERM
+status=0
+wait "$chain" || status=$?
+[ "$status" -lt 128 ] || { status=0; wait "$chain" || status=$?; }
+exit "$status"

@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except InputError as error:
         print(f"{PROG}: {' '.join(str(error).split())}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        status = 130
     sys.exit(status)
 
 

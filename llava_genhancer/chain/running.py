@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llava_genhancer.chain import fork
@@ -84,4 +86,17 @@ def _run_step(step: Step, choices: Choices) -> int:
         return 0
     # DeepSpeed looks for ninja on PATH.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return subprocess.call(words_of(step, choices), cwd=step.fork, env={**os.environ, "PATH": path})
+    return _call(words_of(step, choices), step.fork, {**os.environ, "PATH": path})
+
+
+def _call(words: Sequence[str], folder: Path | None, environment: Mapping[str, str]) -> int:
+    """A command's exit status. Signals that ask it to stop are its to answer: it saves, and we wait for that."""
+    with subprocess.Popen(words, cwd=folder, env=environment) as child:
+        before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        try:
+            while True:
+                with contextlib.suppress(KeyboardInterrupt):  # the terminal sent it to the child as well
+                    status = child.wait()
+                    return status if status >= 0 else 128 - status
+        finally:
+            signal.signal(signal.SIGTERM, before)

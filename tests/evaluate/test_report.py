@@ -18,6 +18,8 @@ from llava_genhancer.evaluate.markdown import block, code, table, text
 from llava_genhancer.evaluate.mmvp_data import Benchmark
 from llava_genhancer.evaluate.mmvp_results import MmvpResult, PairResult, save_results
 from llava_genhancer.evaluate.paper import PATTERNS
+from llava_genhancer.evaluate.question_results import Answer, QuestionResult
+from llava_genhancer.evaluate.question_results import save_results as save_answers
 from llava_genhancer.evaluate.report import FIGURES, write_report
 from llava_genhancer.recipes import get_recipe, to_dict
 
@@ -68,6 +70,9 @@ def build_run(run: Path, original: MmvpResult, enhanced: MmvpResult) -> Path:
         for step in steps:
             strip(folder / "samples" / f"step-{step:06d}.png", step + stage)
     save_results(run / "eval" / "mmvp_vlm.json", [original, enhanced], Benchmark(Path("set"), (), "00"))
+    answers = tuple(Answer(f"{d}-{i}", d, 2, 0, i % 2) for d in DETAILS for i in range(10))
+    models = [QuestionResult(label, label, {}, answers) for label in ("original", "enhanced", "blind")]
+    save_answers(run / "eval" / "questions.json", models, {"path": "asked", "sha256": "00"})
     scores = {d: {"accuracy": 0.5, "n": 200, "interval": [0.43, 0.57]} for d in DETAILS}
     better = {d: {"accuracy": 0.6, "n": 200, "interval": [0.53, 0.67]} for d in DETAILS}
     write_json(run / "eval" / "probes.json", {"details": DETAILS, "original": scores, "enhanced": better})
@@ -90,7 +95,8 @@ def test_a_whole_run_is_reported_whole(full_run):
         picture = Image.open(full_run / "figures" / name).convert("RGB")
         assert min(picture.size) > 200
         assert len(picture.getcolors(1 << 24)) > 20
-    assert facts["figures"] == [f"figures/{n}" for n in ("mmvp_vlm.png", "probes.png", "loss.png", "t_density.png",
+    assert facts["figures"] == [f"figures/{n}" for n in ("mmvp_vlm.png", "probes.png", "questions.png", "loss.png",
+                                                         "t_density.png",
                                                          "reconstructions.png")]  # fmt: skip
     for said in (
         *PATTERNS, "# tiny: report", "One run, seed 0", "19.3", "31.9", "0.74 points", "25 %", "n = 135", "McNemar p",
@@ -165,6 +171,7 @@ def test_an_empty_run_says_what_is_missing(tmp_path):
         ("eval/mmvp_vlm.json", "{}", "mmvp_vlm.png"),
         ("eval/probes.json", '{"details": ["facing"], "original": {}}', "probes.png"),
         ("eval/probes.json", "[1]", "probes.png"),
+        ("eval/questions.json", '{"models": []}', "questions.png"),
         ("stage1/samples/step-000600.png", "no picture", "reconstructions.png"),
     ],
 )
