@@ -225,13 +225,17 @@ def recipe_of(run_dir: str | os.PathLike) -> Recipe: ...
 @typing.overload
 def recipe_of(run_dir: str | os.PathLike, cls: type[R]) -> R: ...
 def recipe_of(run_dir: str | os.PathLike, cls: type = Recipe) -> Any:
-    """The recipe, of class ``cls``, in a run folder's manifest, or in a manifest file."""
+    """The recipe, of class ``cls``, in a run folder, a manifest file, or the output of `recipes NAME --json`."""
     path = Path(run_dir)
     path = path / MANIFEST if path.is_dir() else path
     manifest = read_json(path)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("recipe"), dict):
-        raise InputError(f"{path} is not a run's manifest: it has no 'recipe'")
-    return from_dict(manifest["recipe"], cls)
+    values = manifest.get("recipe", manifest) if isinstance(manifest, dict) else None
+    if not isinstance(values, dict) or not values:
+        raise InputError(f"{path} is neither a run's manifest (it has no 'recipe') nor a recipe's fields")
+    try:
+        return from_dict(values, cls)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 @contextlib.contextmanager

@@ -1,0 +1,217 @@
+"""The command line: quick help, one line for every mistake, and the promised exit status."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llava_genhancer import __version__, cli, recipes
+
+HEAVY = ("torch", "transformers", "numpy", "PIL", "diffusers", "deepspeed", "datasets", "matplotlib", "torchdata")
+
+
+def verbs(parser: argparse.ArgumentParser, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every verb and every verb below a verb."""
+    yield above
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, sub in action.choices.items():
+                yield from verbs(sub, (*above, name))
+
+
+def run_cli(capsys, *argv: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(list(map(str, argv)))
+    out, err = capsys.readouterr()
+    return int(caught.value.code or 0), out, err
+
+
+def one_line(err: str) -> str:
+    (line,) = err.splitlines()
+    assert line.startswith("llava-genhancer")
+    return line
+
+
+def command(*argv: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "llava_genhancer", *argv], text=True, timeout=120, **options)
+
+
+# --- help ---------------------------------------------------------------------------------------------------------
+
+
+def test_help_of_every_verb_imports_nothing_heavy() -> None:
+    code = f"""
+import contextlib, io, sys
+from llava_genhancer import cli
+for verb in {list(verbs(cli._parser()))!r}:
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        try:
+            cli.main([*verb, "--help"])
+        except SystemExit as end:
+            assert not end.code, (verb, end.code)
+    assert "usage: llava-genhancer" in text.getvalue(), verb
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    cli.main(["recipes", "openai-l14-224"])
+print(sorted(set({HEAVY!r}) & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_verb_is_explained(capsys) -> None:
+    status, out, _ = run_cli(capsys, "--help")
+    assert status == 0
+    names = {path[0] for path in verbs(cli._parser()) if path}
+    assert {"doctor", "recipes", "enhance", "export", "mmvp-vlm", "report", "demo"} <= names
+    listed = [line.split()[0] for line in out.splitlines() if line.startswith("    ") and line[4] != " "]
+    assert set(listed) == names
+    assert run_cli(capsys, "--version")[1].strip() == __version__
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ((), "VERB"),
+        (("enhence",), "invalid choice: 'enhence'"),
+        (("",), "invalid choice: ''"),
+        (("recipes", "tiny", "extra"), "unknown argument extra"),
+        (("recipes", "--jason"), "unknown argument --jason"),
+        (("recipes", "tinny"), "unknown recipe 'tinny', did you mean 'tiny'?"),
+        (("enhance", "tiny"), "--output_dir"),
+        (("enhance", "--output_dir", "R"), "give a recipe's name or --config"),
+        (("enhance", "tiny", "--config", "m.json", "--output_dir", "R"), "(one of them)"),
+        (("enhance", "--config", "none.json", "--output_dir", "R"), "none.json does not exist"),
+        (("enhance", "tiny", "--output_dir", "R", "--lora_rnk", "3"), "did you mean 'lora_rank'?"),
+        (("enhance", "tiny", "--output_dir", "R", "--lora_rnk=3"), "did you mean 'lora_rank'?"),
+        (("enhance", "--lora_rnk", "3", "tiny", "--output_dir", "R"), "did you mean 'lora_rank'?"),
+        (("enhance", "tiny", "--output_dir", "R", "--lora_rank"), "--lora_rank: expected one argument"),
+        (("enhance", "tiny", "--output_dir", "R", "--data", "--lora_rank", "3"), "--data: expected one argument"),
+        (("enhance", "tiny", "--output_dir", "R", "--lora_rank", "x"), "lora_rank=x: needs a value of type int"),
+        (("enhance", "tiny", "--output_dir", "R", "3"), "unknown argument 3"),
+        (("enhance", "tiny", "--output_dir", "R", "--stage", "3"), "--stage: invalid choice: 3"),
+        (("enhance", "tiny", "--output_dir", "R", "--stage1.max_steps", "4"), "stage1: warmup_steps=20 must lie"),
+        (("enhance", "tiny", "--output_d", "R"), "--output_dir"),  # no abbreviations
+        (("export", "nowhere", "--output_dir", "T"), "nowhere"),
+        (("export", "nowhere", "--output_dir", "T", "--lora_scale", "much"), "invalid float value: 'much'"),
+        (("report", "nowhere"), "nowhere"),
+        (("demo", "--seeds", "many"), "invalid int value: 'many'"),
+        (("doctor", "openai-l14-225"), "did you mean 'openai-l14-224'?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(capsys, tmp_path, monkeypatch, argv, words) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run_cli(capsys, *argv)
+    assert status == 2
+    assert out == ""
+    assert words in one_line(err)
+    assert not list(tmp_path.iterdir()), "a mistake leaves nothing behind"
+
+
+def test_interrupted_is_130(capsys, monkeypatch) -> None:
+    def interrupt(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipes, "get_recipe", interrupt)
+    status, _, err = run_cli(capsys, "recipes", "tiny")
+    assert status == 130
+    assert "interrupted" in one_line(err)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch) -> None:
+    def bug(name):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(recipes, "get_recipe", bug)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["recipes", "tiny"])
+
+
+def test_only_the_first_rank_of_a_machine_repeats_a_mistake(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    status, _, err = run_cli(capsys, "recipes", "tinny")
+    assert (status, err) == (2, "")
+
+
+def test_the_deepspeed_launchers_argument_is_ignored(capsys) -> None:
+    plain = run_cli(capsys, "recipes", "tiny")
+    assert run_cli(capsys, "--local_rank=3", "recipes", "tiny") == plain
+
+
+# --- recipe fields ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[recipes.Recipe]:
+    """The recipes that `enhance` is called with."""
+    from llava_genhancer.enhance import train
+
+    got: list[recipes.Recipe] = []
+    monkeypatch.setattr(train, "enhance", lambda recipe, *args, **kwargs: got.append(recipe))
+    return got
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("openai-l14-224", "--output_dir", "R", "--lora_rank", "3", "--t_shift", "-0.5", "--stage2.max_steps=10"),
+        ("--lora_rank", "3", "--t_shift=-0.5", "--stage2.max_steps", "10", "openai-l14-224", "--output_dir", "R"),
+        ("--output_dir=R", "--t_shift", "-0.5", "openai-l14-224", "--lora_rank=9", "--lora_rank=3",
+         "--stage2.max_steps=10"),
+    ],
+)  # fmt: skip
+def test_fields_stand_anywhere_and_the_last_one_counts(capsys, seen, argv) -> None:
+    fields = {"lora_rank": 3, "t_shift": -0.5, "stage2.max_steps": 10}
+    assert run_cli(capsys, "enhance", *argv)[0] == 0
+    assert seen == [recipes.override(recipes.get_recipe("openai-l14-224"), fields)]
+
+
+@pytest.mark.parametrize("name", ["openai-l14-336", "siglip-so400m-384"])
+def test_recipes_json_goes_back_in_as_config(capsys, tmp_path, seen, name) -> None:
+    status, out, _ = run_cli(capsys, "recipes", name, "--json")
+    assert status == 0
+    (tmp_path / "recipe.json").write_text(out)
+    (tmp_path / "manifest.json").write_text(json.dumps({"recipe": json.loads(out)}))
+    for file in ("recipe.json", "manifest.json", ""):
+        argv = ("enhance", "--config", tmp_path / file, "--lora_rank", "5", "--output_dir", tmp_path / "R")
+        assert run_cli(capsys, *argv)[0] == 0
+    assert seen == [recipes.override(recipes.get_recipe(name), {"lora_rank": 5})] * 3
+
+
+def test_recipes_lists_all_and_prints_every_field(capsys) -> None:
+    status, out, _ = run_cli(capsys, "recipes")
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()][: len(recipes.RECIPES)] == list(recipes.RECIPES)
+    assert json.loads(run_cli(capsys, "recipes", "--json")[1]).keys() >= recipes.RECIPES.keys()
+    for name in recipes.RECIPES:
+        out = run_cli(capsys, "recipes", name)[1]
+        printed = dict(line[2:].partition(" ")[::2] for line in out.splitlines() if line.startswith("--"))
+        assert recipes.override(recipes.Recipe(), printed) == recipes.get_recipe(name)
+
+
+# --- pipes --------------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = command("recipes", "tiny", stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_stdout_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = command("recipes", "tiny", stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    assert "No space left on device" in one_line(done.stderr)
