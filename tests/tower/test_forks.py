@@ -1,0 +1,147 @@
+"""register() in every fork's layout: our tower for our folders, the fork's own choice for all else."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fork_sources import FORKS
+
+from llava_genhancer.errors import InputError
+from llava_genhancer.tower import register
+from llava_genhancer.tower.forks import Chooser
+from llava_genhancer.tower.tinyllava import FactoryTower
+from llava_genhancer.tower.tower import VisionTower
+
+MakeFork = Callable[[str], str]
+
+
+def arch_of(name: str) -> ModuleType:
+    return importlib.import_module(f"{FORKS[name].package}.model.{FORKS[name].arch}")
+
+
+def build(name: str, path: str, **kwargs: Any) -> Any:
+    """Build one tower as the fork's model does."""
+    fork = FORKS[name]
+    function = getattr(arch_of(name), fork.function)
+    if name == "VILA":
+        return function(path, SimpleNamespace(model_dtype="torch.bfloat16", mm_vision_select_layer=-2))
+    if name == "TinyLLaVA":
+        config = SimpleNamespace(model_name_or_path=path.split(":")[-1], patch_size=8)
+        found = function(path)
+        return found if found is FactoryTower else found(config.model_name_or_path)
+    fields = {key: path for key in ("mm_vision_tower", "mm_image_tower")}
+    fields |= {"vision_tower_aux_list": [path], "vision_tower_aux_token_len_list": [16]}
+    built = function(SimpleNamespace(mm_vision_select_layer=-2, **fields), **kwargs)
+    return built[0] if isinstance(built, list) else built
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", FORKS)
+def test_every_fork_builds_our_tower(towers: dict[str, Path], fork: MakeFork, name: str, when: str, kind: str) -> None:
+    package = fork(name)
+    if when == "after":
+        arch_of(name)
+    register()
+    arch = arch_of(name)
+    builders = [n for n in register() if n.split(".")[0] == package]  # the second call changes nothing
+    assert len(builders) == 1
+    chooser = getattr(arch, FORKS[name].function)
+    assert chooser is getattr(sys.modules[builders[0]], FORKS[name].function)
+    assert isinstance(chooser, Chooser)
+    assert not isinstance(chooser.original, Chooser)
+
+    tower = build(name, str(towers[kind]))
+    if name == "TinyLLaVA":
+        assert tower is FactoryTower
+        assert build(name, f"clip:{towers[kind]}") is FactoryTower
+    else:
+        assert isinstance(tower, VisionTower)
+        assert tower.is_loaded
+        assert tower.dtype == (torch.bfloat16 if name == "VILA" else torch.float32)
+
+
+@pytest.mark.parametrize("name", FORKS)
+def test_everything_else_falls_through(fork: MakeFork, tiny_clip: Path, name: str) -> None:
+    """Unmarked folders, hub ids and refusals are the fork's own, with and without register()."""
+    fork(name)
+
+    def answers() -> list[Any]:
+        found = []
+        for path in (str(tiny_clip), "openai/clip-vit", "google/siglip-so400m", "nonsense", "clip:/x", "siglip:/x"):
+            try:
+                tower = build(name, path)
+                found.append((type(tower).__name__, tower.name))
+            except (ValueError, AssertionError, AttributeError) as error:
+                found.append(repr(error))
+        return found
+
+    before = answers()
+    assert any(isinstance(answer, tuple) for answer in before) or name == "VILA"
+    register()
+    assert answers() == before
+
+
+@torch.no_grad()
+def test_cambrians_list_keeps_its_order(towers: dict[str, Path], fork: MakeFork) -> None:
+    fork("Cambrian")
+    register()
+    names = [str(towers["siglip"]), "openai/clip-a", str(towers["clip"])]
+    config = SimpleNamespace(
+        mm_vision_select_layer=-2, vision_tower_aux_list=names, vision_tower_aux_token_len_list=[9, 576, 64]
+    )
+    first, middle, last = arch_of("Cambrian").build_vision_tower_aux_list(config)
+    assert middle.name == "openai/clip-a-interp576"
+    assert config.vision_tower_aux_list == names
+    assert (first.num_patches, last.num_patches) == (9, 64)
+    assert first(torch.randn(2, 3, 48, 48)).shape == (2, 9, first.hidden_size)
+    assert last(torch.randn(2, 3, 32, 32)).shape == (2, 64, last.hidden_size)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_tinyllava_builds_loads_and_saves(towers: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(towers[kind]).vision_config
+    config.model_name_or_path = str(towers[kind])
+    tower = FactoryTower(config)
+    tower.load_model(str(towers[kind]))
+    pixels = torch.randn(2, 3, config.image_size, config.image_size)
+    given = {"vision_feature_layer": -2, "vision_feature_select_strategy": "patch"}
+    expected = VisionTower(str(towers[kind]), SimpleNamespace())(pixels)
+    torch.testing.assert_close(tower(pixels, **given), expected)
+    assert tower._image_processor.crop_size["height"] == config.image_size
+
+    # What its recipes save and the next stage reads.
+    torch.save(dict(tower._vision_tower.named_parameters()), tmp_path / "pytorch_model.bin")
+    next_stage = FactoryTower(config)
+    assert not torch.equal(next_stage(pixels, **given), expected)
+    next_stage.load_model(str(towers[kind]), pretrained_vision_tower_path=str(tmp_path))
+    torch.testing.assert_close(next_stage(pixels, **given), expected)
+    torch.save({"other": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="does not hold this tower's weights"):
+        FactoryTower(config).load_model(str(towers[kind]), pretrained_vision_tower_path=str(tmp_path))
+
+
+def test_an_unknown_layout_says_what_was_looked_for(fork: MakeFork, tmp_path: Path) -> None:
+    package = fork("LLaVA")
+    builder = tmp_path / package / "model" / "multimodal_encoder" / "builder.py"
+    builder.write_text("def make_my_tower(config):\n    return None\n")
+    register()
+    with pytest.raises(InputError, match=r"build_vision_tower, build_image_tower, build_vision_tower_aux_list"):
+        importlib.import_module(f"{package}.model.multimodal_encoder.builder")
+
+
+def test_other_projects_modules_are_left_alone(fork: MakeFork, tmp_path: Path) -> None:
+    """A `model.vision_tower` without TinyLLaVA's factory is somebody else's."""
+    package = fork("TinyLLaVA")
+    (tmp_path / package / "model" / "vision_tower" / "__init__.py").write_text("WIDTH = 3\n")
+    register()
+    assert importlib.import_module(f"{package}.model.vision_tower").WIDTH == 3
+    assert [n for n in register() if n.startswith(package)] == []
