@@ -6,14 +6,17 @@ import math
 import os
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate import figures
+from llava_genhancer.evaluate.llava_report import QUESTIONS
 from llava_genhancer.evaluate.markdown import block, code, table, text
 from llava_genhancer.evaluate.mmvp_results import GUESS, ONE_PAIR, Comparison, MmvpResult, compare, load_results
+from llava_genhancer.evaluate.question_results import QuestionResult
+from llava_genhancer.evaluate.question_results import load_results as load_answers
 from llava_genhancer.evaluate.words import p_value, percent
 from llava_genhancer.run import MANIFEST, read_json, write_json, write_text
 
@@ -64,6 +67,15 @@ def write_seeds_report(run_dirs: Sequence[str | Path], output_dir: str | Path) -
             f"Accuracy of linear probes, enhanced minus original. {len(probes)} details are {len(probes)} chances for "
             "an interval to miss zero by luck.",
         ]
+    answers = _answer_changes(runs)
+    if answers:
+        rows = [[text(d), f"{before:.1f}", _said(spread(v))] for d, (before, v) in answers.items()]
+        parts += [
+            "## LLaVA's answers",
+            table(["detail", "original, mean %", "mean change, points"], rows),
+            "Questions answered right by a LLaVA trained with the enhanced tower minus one with the original, trained "
+            "alike with the same seed. All seeds are asked the same questions.",
+        ]
     links = [
         f"* seed {text(seed)}: {code(os.path.relpath(run / 'report.md', output_dir))}"
         for seed, run in zip(seeds, runs, strict=True)
@@ -76,6 +88,7 @@ def write_seeds_report(run_dirs: Sequence[str | Path], output_dir: str | Path) -
         "change": change,
         "comparisons": [c.to_dict() for c in comparisons],
         "probes": {detail: spread(values) for detail, values in probes.items()},
+        "answers": {detail: {"original": before, **spread(values)} for detail, (before, values) in answers.items()},
     }
     try:
         write_text(output_dir / "report.md", "\n\n".join(parts) + "\n")
@@ -151,3 +164,25 @@ def _probe_changes(runs: Sequence[Path]) -> dict[str, list[float]]:
         }
     except (KeyError, TypeError) as error:
         raise InputError(f"{files[0].parent}: probes.json is not as expected ({error}): probe again") from None
+
+
+def _answer_changes(runs: Sequence[Path]) -> dict[str, tuple[float, list[float]]]:
+    """Detail (and "average") to the original's mean score and each run's change; empty unless every run was asked."""
+    files = [run / QUESTIONS for run in runs]
+    if not all(f.is_file() for f in files):
+        return {}
+    before, after = zip(*(_original_and_enhanced(f) for f in files), strict=True)
+
+    def changes(score: Callable[[QuestionResult], float]) -> tuple[float, list[float]]:
+        differences = [score(b) - score(a) for a, b in zip(before, after, strict=True)]
+        return statistics.fmean(map(score, before)), differences
+
+    per_detail = {d: changes(lambda r, d=d: r.details[d].percent) for d in before[0].details}  # type: ignore[misc]
+    return {**per_detail, "average": changes(lambda r: r.average.percent)}
+
+
+def _original_and_enhanced(path: Path) -> tuple[QuestionResult, QuestionResult]:
+    results = {r.label: r for r in load_answers(path)}
+    if not {"original", "enhanced"} <= results.keys():
+        raise InputError(f"{path} has answers of {', '.join(results)}: needed are original and enhanced")
+    return results["original"], results["enhanced"]

@@ -8,8 +8,11 @@ import pytest
 from PIL import Image
 
 from llava_genhancer.errors import InputError
+from llava_genhancer.evaluate.llava_report import QUESTIONS
 from llava_genhancer.evaluate.mmvp_data import Benchmark
 from llava_genhancer.evaluate.mmvp_results import MmvpResult, PairResult, save_results
+from llava_genhancer.evaluate.question_results import Answer, QuestionResult
+from llava_genhancer.evaluate.question_results import save_results as save_answers
 from llava_genhancer.evaluate.report import write_report
 from llava_genhancer.evaluate.seeds import spread, write_seeds_report
 
@@ -53,6 +56,26 @@ def test_a_gain_that_comes_back(tmp_path):
     assert facts["probes"]["count"]["values"] == pytest.approx([0, 10, 20])
     assert "+10.0 [-14.8, +34.8] (s.d. 10.0)" in words
     assert Image.open(tmp_path / "figures" / "seeds.png").width > 800
+
+
+def test_llavas_answers_over_seeds_by_hand(tmp_path):
+    runs = build(tmp_path, 0.26, probes=False, seeds=(0, 1))
+    for seed, run in enumerate(runs):
+        right = {"original": 4, "enhanced": 5 + seed}
+        models = [
+            QuestionResult(label, label, {}, tuple(Answer(str(i), "eyes", 2, 0, int(i >= n)) for i in range(10)))
+            for label, n in right.items()
+        ]
+        save_answers(run / QUESTIONS, models, {"path": "asked", "sha256": "00"})
+    words = write_seeds_report(runs, tmp_path).read_text()
+    assert "| eyes | 40.0 | +15.0 [-48.5, +78.5] (s.d. 7.1) |" in words
+    facts = json.loads((tmp_path / "report.json").read_text())["answers"]
+    assert facts["eyes"] == facts["average"]
+    assert facts["eyes"]["original"] == pytest.approx(40)
+    assert facts["eyes"]["values"] == pytest.approx([10, 20])
+    save_answers(runs[0] / QUESTIONS, models[:1], {"path": "asked", "sha256": "00"})
+    with pytest.raises(InputError, match="needed are original and enhanced"):
+        write_seeds_report(runs, tmp_path)
 
 
 def test_noise_and_a_single_seed(tmp_path):
