@@ -9,11 +9,13 @@ by rank 0 after a barrier.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,7 +56,23 @@ class TrainingStopped(Exception):
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; the message names step, rank and the batch's keys."""
+    """The loss or a trained weight became NaN or infinite; the message names step, rank and the batch's keys."""
+
+
+class _Loss:
+    """A micro-batch's loss on its way to the CPU; asking for it waits for its own copy, not for later work."""
+
+    def __init__(self, loss: Tensor, step: int, keys: list[str]):
+        self.step, self.keys = step, keys
+        self._value = loss.detach().to("cpu", non_blocking=True)  # from a GPU: into pinned memory
+        self._copied = torch.cuda.Event() if loss.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def value(self) -> float:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return float(self._value)
 
 
 class ExactTrainer(Trainer):
@@ -95,7 +113,7 @@ class ExactTrainer(Trainer):
         distributed = dist.is_available() and dist.is_initialized() and self.world_size > 1
         self.cpu_group: Any = dist.new_group(backend="gloo") if distributed else None
         self.stop_signal = 0
-        self._unchecked: tuple[Tensor, list[str]] | None = None
+        self._unchecked: deque[_Loss] = deque()
         self._last_log = (time.monotonic(), 0)
         self.add_callback(_Flow(self))
         self.add_callback(_Progress(self))
@@ -115,6 +133,7 @@ class ExactTrainer(Trainer):
         """
         checkpoint = self._choose_checkpoint()
         if checkpoint is not None and (checkpoint / FINAL_FILE).exists():
+            self._load_data_position(checkpoint)  # for the report of what was skipped
             return checkpoint
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -123,7 +142,8 @@ class ExactTrainer(Trainer):
             self.loader.close()
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
-        if self.state.global_step < self.args.max_steps:
+        # A signal in the last step ends the program too, though nothing is left to train here.
+        if self.agreed_stop() or self.state.global_step < self.args.max_steps:
             raise TrainingStopped(self.state.global_step, self.stop_signal or signal.SIGTERM)
         return self.stage_dir / f"checkpoint-{self.state.global_step}"
 
@@ -154,7 +174,8 @@ class ExactTrainer(Trainer):
 
     def _on_signal(self, signum: int, frame: Any) -> None:
         if not self.stop_signal and self.rank == 0:
-            print(f"\n{signal.Signals(signum).name}: saving at the end of this step", file=sys.stderr, flush=True)
+            # Straight to the descriptor: the signal may have come in the middle of a print, which cannot be re-entered.
+            os.write(2, f"\n{signal.Signals(signum).name}: saving at the end of this step\n".encode())
         self.stop_signal = self.stop_signal or signum
 
     def agreed_stop(self) -> int:
@@ -187,26 +208,40 @@ class ExactTrainer(Trainer):
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One micro-batch. Its loss is looked at when the next one starts, so that the device is never waited for."""
-        self.check_loss()
+        """One micro-batch. Its loss is looked at once the next one is queued, so that the device never runs dry."""
+        self.check_losses(pending=1)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._unchecked = (loss.detach(), list(inputs["keys"]))
+        self._unchecked.append(_Loss(loss, self.state.global_step + 1, list(inputs["keys"])))
         return loss
 
-    def check_loss(self) -> None:
-        """Raise NonFiniteLoss if the last micro-batch's loss was NaN or infinite."""
-        if self._unchecked is None:
-            return
-        (loss, keys), self._unchecked = self._unchecked, None
-        if not torch.isfinite(loss):
-            facts = {"step": self.state.global_step, "rank": self.rank, "loss": str(loss.item()), "keys": keys}
-            run.write_json(self.stage_dir / f"nonfinite-rank{self.rank}.json", facts)
+    def check_losses(self, pending: int = 0) -> None:
+        """Raise NonFiniteLoss if a micro-batch's loss was NaN or infinite; the newest ``pending`` may wait."""
+        while len(self._unchecked) > pending:
+            loss = self._unchecked.popleft()
+            value = loss.value()
+            if math.isfinite(value):
+                continue
+            path = self.stage_dir / f"nonfinite-rank{self.rank}.json"
+            run.write_json(path, {"step": loss.step, "rank": self.rank, "loss": str(value), "keys": loss.keys})
             raise NonFiniteLoss(
-                f"the loss is {loss.item()} around step {facts['step']} on rank {self.rank}; batch keys: "
-                f"{', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''} (all in {self.stage_dir}/nonfinite-rank"
-                f"{self.rank}.json). No checkpoint holds the damage: lower the learning rate or look at those images, "
-                "then repeat the command"
+                f"the loss is {value} in step {loss.step} on rank {self.rank}; batch keys: {', '.join(loss.keys[:4])}"
+                f"{', ...' if len(loss.keys) > 4 else ''} (all in {path}). No checkpoint holds the damage: lower the "
+                "learning rate or look at those images, then repeat the command"
             )
+
+    def check_weights(self) -> None:
+        """Raise NonFiniteLoss if a trained weight is NaN or infinite: a finite loss may have a gradient that is not."""
+        self.check_losses()
+        for name, parameter in self.model.named_parameters():
+            held = (
+                parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
+            )  # this rank's part under ZeRO-3
+            if parameter.requires_grad and not torch.isfinite(held).all():
+                raise NonFiniteLoss(
+                    f"{name} is not finite after step {self.state.global_step} on rank {self.rank}, though every loss "
+                    "was: a gradient overflowed. No checkpoint holds the damage: lower the learning rate, then repeat "
+                    "the command"
+                )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log with images/s over all ranks added."""
@@ -264,7 +299,7 @@ class ExactTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.check_loss()
+        self.check_weights()
         step = self.state.global_step
         folder = self.stage_dir / f"checkpoint-{step}"
         super()._save_checkpoint(model, trial)
@@ -301,9 +336,11 @@ class ExactTrainer(Trainer):
             if loaded is None:
                 raise InputError(f"{folder} holds no DeepSpeed checkpoint: it was written without --deepspeed")
         self._load_optimizer_and_scheduler(str(folder))
-        state = torch.load(folder / f"loader_{self.rank}.pt", weights_only=True)
-        self.loader.load_state_dict(state)
+        self._load_data_position(folder)
         return prepared
+
+    def _load_data_position(self, folder: Path) -> None:
+        self.loader.load_state_dict(torch.load(folder / f"loader_{self.rank}.pt", weights_only=True))
 
 
 class _Flow(TrainerCallback):
@@ -319,13 +356,13 @@ class _Flow(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step in self.trainer.snapshot_steps:
-            self.trainer.check_loss()
+            self.trainer.check_weights()
             self.trainer.save_trained(self.trainer.stage_dir / "snapshots" / f"step-{state.global_step}.safetensors")
         if self.trainer.agreed_stop():
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.check_loss()
+        self.trainer.check_losses()
         if self.trainer.rank == 0:
             self.trainer.write_history()
 

@@ -39,7 +39,6 @@ def enhance(
     *,
     deepspeed: str | None = None,
     stages: Sequence[int] = (1, 2),
-    step: int | None = None,
 ) -> Path:
     """Run (or go on with) an enhancement.
 

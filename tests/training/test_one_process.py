@@ -123,6 +123,9 @@ def test_crash_and_resume_is_bit_identical(
     ours, theirs = (run.read_json(d / stage / "log_history.json") for d in (tmp_path / "run", reference))
     assert [e["step"] for e in ours] == [e["step"] for e in theirs]
     assert [e["loss"] for e in ours][-1] == [e["loss"] for e in theirs][-1]
+    ours, theirs = (run.read_json(d / stage / "result.json") for d in (tmp_path / "run", reference))
+    assert ours["skipped"] == theirs["skipped"]
+    assert ours["skipped"]["read"] > 0
 
 
 def test_half_written_and_damaged_checkpoints_are_passed_over(finished, tiny_fields, tmp_path, monkeypatch) -> None:
@@ -178,7 +181,7 @@ def test_nan_stops_the_run_and_names_the_batch(tiny_fields, tmp_path, monkeypatc
         return loss
 
     monkeypatch.setattr(EnhanceTrainer, "compute_loss", poisoned)
-    with pytest.raises(NonFiniteLoss, match="loss is nan around step") as caught:
+    with pytest.raises(NonFiniteLoss, match="loss is nan in step 7") as caught:
         enhance(recipe_from(tiny_fields), tmp_path / "run")
     report = run.read_json(tmp_path / "run" / "stage1" / "nonfinite-rank0.json")
     assert report["keys"] == seen
@@ -187,6 +190,20 @@ def test_nan_stops_the_run_and_names_the_batch(tiny_fields, tmp_path, monkeypatc
     assert [p.name for p in kept] == ["checkpoint-5"]
     state = load_file(kept[0] / "trained.safetensors")
     assert all(torch.isfinite(v).all() for v in state.values())
+
+
+def test_a_gradient_that_overflows_leaves_no_checkpoint(tiny_fields, tmp_path, monkeypatch) -> None:
+    """The loss of step 10 is finite, its gradient is not, and step 10 is one that is saved."""
+    original, calls = EnhanceTrainer.compute_loss, iter(range(10_000))
+
+    def steep(self, model, inputs, *args, **kwargs):
+        loss = original(self, model, inputs, *args, **kwargs)
+        return loss + torch.sqrt(loss - loss) if next(calls) == 19 else loss  # 0, with an infinite slope
+
+    monkeypatch.setattr(EnhanceTrainer, "compute_loss", steep)
+    with pytest.raises(NonFiniteLoss, match="is not finite after step 10 on rank 0, though every loss was"):
+        enhance(recipe_from(tiny_fields), tmp_path / "run")
+    assert [p.name for p in run.checkpoints(tmp_path / "run" / "stage1")] == ["checkpoint-5"]
 
 
 def test_noise_differs_between_ranks(monkeypatch) -> None:
@@ -285,14 +302,15 @@ def test_export_at_another_strength_and_step(finished, tiny_clip, tmp_path, caps
     assert json.loads((tmp_path / "s4" / "llava_genhancer.json").read_text())["step"] == 4
 
 
-def test_a_stop_signal_saves_and_the_run_goes_on(finished, tiny_fields, tmp_path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("step", [7, 12])  # 12 is stage 1's last: stage 2 must not start
+def test_a_stop_signal_saves_and_the_run_goes_on(finished, tiny_fields, tmp_path, monkeypatch, capsys, step) -> None:
     import os
     import signal
 
     original, calls = ExactTrainer.training_step, iter(range(10_000))
 
     def interrupted(self, *args, **kwargs):
-        if next(calls) == 13:
+        if next(calls) == 2 * step - 1:
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, *args, **kwargs)
 
@@ -302,8 +320,9 @@ def test_a_stop_signal_saves_and_the_run_goes_on(finished, tiny_fields, tmp_path
         patch.setattr(ExactTrainer, "training_step", interrupted)
         status, err = run_cli(capsys, *start)
     assert status == 128 + signal.SIGINT
-    assert "stopped at step 7 by SIGINT" in err
-    assert run.last_complete_checkpoint(tmp_path / "run" / "stage1").name == "checkpoint-7"
+    assert f"stopped at step {step} by SIGINT" in err
+    assert run.last_complete_checkpoint(tmp_path / "run" / "stage1").name == f"checkpoint-{step}"
+    assert not (tmp_path / "run" / "stage2").exists()
     # The command line's defaults are the paper's, the reference run's are Recipe()'s: the same.
     status, err = run_cli(capsys, *start)
     assert status == 0, err
