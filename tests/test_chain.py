@@ -78,7 +78,9 @@ def test_trainings_on_gpus_go_through_deepspeed_and_measurements_do_not() -> Non
 def test_a_forks_trainer_gets_llavas_own_arguments(tmp_path) -> None:
     data = Data(tmp_path / "a.json", tmp_path)
     recipe = get_recipe("vicuna-7b")
-    given = dict(zip(*[iter(arguments(recipe, "finetune", data, "openai/clip", tmp_path, world=4))] * 2, strict=True))
+    given = dict(
+        zip(*[iter(arguments(recipe, "finetune", data, "openai/clip", tmp_path, world=4, cpu=False))] * 2, strict=True)
+    )
     expected = {
         "--version": "v1", "--vision_tower": "openai/clip", "--mm_projector_type": "mlp2x_gelu",
         "--mm_vision_select_layer": "-2", "--image_aspect_ratio": "pad", "--group_by_modality_length": "True",

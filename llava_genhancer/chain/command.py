@@ -70,8 +70,9 @@ def _main(argv: list[str]) -> int:
         data=args.data,
         mmvp=args.mmvp,
         llava_data=args.llava_data,
-        hostfile=args.hostfile,
-        deepspeed=args.deepspeed,
+        # A fork runs in its own folder.
+        hostfile=str(Path(args.hostfile).absolute()) if args.hostfile else None,
+        deepspeed=str(Path(args.deepspeed).absolute()) if args.deepspeed else None,
         world=_world(args.hostfile) if args.fork and args.preset != "tiny" else 1,
         fields=fields(rest),
     )

@@ -9,7 +9,9 @@ from llava_genhancer.chain.needs import Data
 from llava_genhancer.llava.recipes import LlavaRecipe
 
 
-def arguments(recipe: LlavaRecipe, step: str, data: Data, tower: str, folder: Path, world: int) -> list[str]:
+def arguments(
+    recipe: LlavaRecipe, step: str, data: Data, tower: str, folder: Path, *, world: int, cpu: bool
+) -> list[str]:
     """What LLaVA's ``train.py`` takes; its forks kept the names.
 
     Args:
@@ -18,7 +20,6 @@ def arguments(recipe: LlavaRecipe, step: str, data: Data, tower: str, folder: Pa
     from llava_genhancer.toyworld.paths import resolve
 
     table = recipe.step(step)
-    bf16 = recipe.precision == "bf16"
     values: dict[str, object] = {
         "model_name_or_path": resolve(recipe.llm),
         "version": table.conversation,
@@ -29,7 +30,7 @@ def arguments(recipe: LlavaRecipe, step: str, data: Data, tower: str, folder: Pa
         "mm_vision_select_layer": recipe.vision_feature_layer,
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
-        "bf16": bf16,
+        "bf16": True,  # without it LLaVA's tower is fp16, whatever the rest is
         "output_dir": (folder / f"llava-{step}").absolute(),
         "num_train_epochs": table.epochs,
         "per_device_train_batch_size": table.per_device_batch_size,
@@ -40,7 +41,7 @@ def arguments(recipe: LlavaRecipe, step: str, data: Data, tower: str, folder: Pa
         "learning_rate": table.learning_rate,
         "weight_decay": recipe.weight_decay,
         "warmup_ratio": table.warmup_ratio,
-        "lr_scheduler_type": table.lr_scheduler,
+        "lr_scheduler_type": "constant_with_warmup" if table.lr_scheduler == "constant" else table.lr_scheduler,
         "logging_steps": table.log_steps,
         "model_max_length": recipe.max_length,
         "gradient_checkpointing": recipe.gradient_checkpointing,
@@ -49,8 +50,7 @@ def arguments(recipe: LlavaRecipe, step: str, data: Data, tower: str, folder: Pa
         "seed": recipe.seed,
         "report_to": "none",
     }
-    if bf16:
-        values["tf32"] = True
+    values |= {"use_cpu": True} if cpu else {"tf32": True}
     if table.max_steps is not None:
         values["max_steps"] = table.max_steps
     if step == "pretrain":
@@ -60,7 +60,7 @@ def arguments(recipe: LlavaRecipe, step: str, data: Data, tower: str, folder: Pa
         values["image_aspect_ratio"] = table.image_mode
         values["group_by_modality_length"] = table.group_by_modality_length
         if recipe.lora_rank:
-            values |= {"lora_enable": True, "lora_r": recipe.lora_rank, "lora_alpha": recipe.lora_alpha}
+            values |= {"lora_enable": True, "lora_r": recipe.lora_rank, "lora_alpha": int(recipe.lora_alpha)}
         if table.projector_learning_rate is not None:
             values["mm_projector_lr"] = table.projector_learning_rate
     return options(values)
@@ -79,6 +79,13 @@ def launched(python: str, words: tuple[str, ...], zero: str | None, hostfile: st
 def result(step: str, folder: Path) -> Path:
     """What a finished training leaves; LLaVA crashes where a finished pretraining is started again."""
     return folder / f"llava-{step}" / ("mm_projector.bin" if step == "pretrain" else "config.json")
+
+
+def sources(step: str, folder: Path, tower: str) -> tuple[Path, ...]:
+    """What a training's result must not be older than; a tower from a hub does not change."""
+    if step == "finetune":
+        return (result("pretrain", folder),)
+    return (Path(tower) / "config.json",) if Path(tower).is_absolute() or Path(tower).exists() else ()
 
 
 def options(values: Mapping[str, object]) -> list[str]:

@@ -84,7 +84,14 @@ def plan(choices: Choices) -> list[Step]:
     steps = []
     if choices.tower is None:
         data = ["--data", choices.data] if choices.data else []
-        command = ["enhance", recipe.name, "--output_dir", str(run_dir), *data, *fork.options(enhance_fields)]
+        command = [
+            "enhance",
+            PRESETS[choices.preset],
+            "--output_dir",
+            str(run_dir),
+            *data,
+            *fork.options(enhance_fields),
+        ]
         steps.append(Step("enhance", tuple(command), zero="zero2"))
     if (pairs := choices.mmvp or _toy("mmvp_test", choices)) is not None:
         steps.append(_measure("mmvp", ["mmvp-vlm", original, tower, "--data", pairs], run_dir, "mmvp_vlm", [tower]))
@@ -128,11 +135,9 @@ def _llava(
     steps = []
     for name, zero in (("pretrain", "zero2"), ("finetune", "zero3")):
         if choices.fork is not None:
-            words = fork.arguments(llava, name, data[name], tower, folder, choices.world)
-            before = fork.result("pretrain", folder) if name == "finetune" else Path(tower) / "config.json"
-            sources = (before,) if before.exists() or name == "finetune" else ()
-            result = fork.result(name, folder)
-            steps.append(Step(prefix + name, tuple(words), zero, result, sources, fork=choices.fork))
+            words = fork.arguments(llava, name, data[name], tower, folder, world=choices.world, cpu=not choices.gpus)
+            made, sources = fork.result(name, folder), fork.sources(name, folder, tower)
+            steps.append(Step(prefix + name, tuple(words), zero, made, sources, fork=choices.fork))
             continue
         given = {"tower": tower, f"{name}.data": str(data[name].json), f"{name}.image_folder": str(data[name].images)}
         words = ["llava", name, choices.preset, "--output_dir", str(folder), *fork.options(given | dict(fields))]
