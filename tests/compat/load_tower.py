@@ -5,6 +5,7 @@ python load_tower.py TOWER INPUTS.safetensors OUTPUTS.safetensors
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ def loaded(cls, folder):
 @torch.no_grad()
 def main(folder: str, inputs_file: str, outputs_file: str) -> None:
     from llava_genhancer.tower.export import verify_tower
+    from llava_genhancer.tower.tower import VisionTower
 
     marker = verify_tower(folder)
     inputs = load_file(inputs_file)
@@ -30,8 +32,10 @@ def main(folder: str, inputs_file: str, outputs_file: str) -> None:
     processor = getattr(transformers, f"{family}ImageProcessor").from_pretrained(folder)
     seen = vision(inputs["pixel_values"], output_hidden_states=True)
     both = full(pixel_values=inputs["pixel_values"], input_ids=inputs["input_ids"])
+    tower = VisionTower(folder, SimpleNamespace(mm_vision_select_layer=-2, mm_vision_select_feature="cls_patch"))
     outputs = {
         "hidden": seen.hidden_states[-2],
+        "tower": tower(inputs["pixel_values"]),
         "image_embeds": both.image_embeds,
         "text_embeds": both.text_embeds,
         "logits_per_image": both.logits_per_image,

@@ -60,6 +60,7 @@ def test_tower_in_old_transformers(name: str, tmp_path: Path) -> None:
     processor = getattr(transformers, f"{family}ImageProcessor").from_pretrained(tower)
     expected = {
         "hidden": hidden,
+        "tower": hidden,
         "image_embeds": both.image_embeds,
         "text_embeds": both.text_embeds,
         "logits_per_image": both.logits_per_image,
