@@ -1,0 +1,58 @@
+"""The whole chain in the toy world, a few steps of everything: what it leaves, and that a second start does nothing."""
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+
+from llava_genhancer.demo import demo
+from llava_genhancer.errors import InputError
+from llava_genhancer.toyworld import probes, writers
+
+FIELDS = {
+    "stage1.max_steps": "2", "stage2.max_steps": "2", "stage2.snapshot_steps": "", "stage1.warmup_steps": "0",
+    "sample_images": "0", "num_workers": "0", "global_batch_size": "8", "per_device_batch_size": "8",
+    "llava.pretrain.max_steps": "2", "llava.finetune.max_steps": "2", "llava.num_workers": "0",
+    "llava.pretrain.global_batch_size": "4", "llava.pretrain.per_device_batch_size": "4",
+    "llava.finetune.global_batch_size": "4", "llava.finetune.per_device_batch_size": "4",
+}  # fmt: skip
+
+
+@pytest.fixture
+def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAVA_GENHANCER_CACHE", str(tmp_path / "cache"))
+    for name, value in {"TRAIN_IMAGES": 64, "LLAVA_IMAGES": 48, "QUESTIONS_PER_DETAIL": 2}.items():
+        monkeypatch.setattr(writers, name, value)
+    few = functools.partial(probes.run_probes, train_scenes=60, test_scenes=30)
+    monkeypatch.setattr(probes, "run_probes", few)
+
+
+def test_the_whole_chain_and_again(tmp_path: Path, small_world: None, capfd: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert demo(FIELDS, run) == 0, capfd.readouterr().err
+    words = (run / "report.md").read_text()
+    for said in ("## MMVP-VLM", "## Linear probes", "## LLaVA", "| enhanced | finetune | 2 |", "| **average** | 20 |",
+                 "(baseline/llava-finetune/manifest.json)"):  # fmt: skip
+        assert said in words, said
+    measured = json.loads((run / "eval" / "questions.json").read_text())
+    assert [m["label"] for m in measured["models"]] == ["original", "enhanced", "blind"]
+    for folder in (run, run / "baseline"):
+        for step in ("pretrain", "finetune"):
+            assert (folder / f"llava-{step}" / "manifest.json").is_file()
+        assert (folder / "llava-finetune" / "hf" / "config.json").is_file()
+        assert (folder / "llava-finetune" / "llava" / "config.json").is_file()
+    assert {p.name for p in tmp_path.iterdir()} == {"run", "cache"}
+
+    results = [p for p in run.rglob("*") if p.is_file() and p.suffix in (".safetensors", ".bin", ".pt")]
+    results += list((run / "eval").iterdir())
+    before = {p: p.stat().st_mtime_ns for p in results}
+    capfd.readouterr()
+    assert demo(FIELDS, run) == 0
+    assert {p: p.stat().st_mtime_ns for p in results} == before, "a second start does nothing"
+    assert capfd.readouterr().out.count("done before") == 3
+
+
+def test_seeds_are_counted_from_one(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--seeds 0"):
+        demo({}, tmp_path, seeds=0)
