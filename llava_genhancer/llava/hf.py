@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from llava_genhancer import run
-from llava_genhancer.errors import InputError
 from llava_genhancer.llava.checkpoint import Checkpoint, generation_config, vision_config, write_shards
 from llava_genhancer.llava.conversation import chat_template
+from llava_genhancer.llava.dataset import load_image_processor
 from llava_genhancer.llava.model import SELECT_STRATEGY, load_tower, local
 from llava_genhancer.llava.tokenizer import save_hf_tokenizer
-from llava_genhancer.tower.export import find_file
 
 
 def write_hf(checkpoint: Checkpoint, folder: Path) -> None:
@@ -77,13 +76,14 @@ def hf_state(checkpoint: Checkpoint, rows: int) -> dict[str, Tensor]:
 
 def write_processor(checkpoint: Checkpoint, folder: Path, vision: dict[str, Any], strategy: str) -> None:
     """Image processor (the tower's own, padding to a square if training did), processor and chat template."""
-    source = find_file(local(checkpoint.tower), "preprocessor_config.json")
-    if source is None:
-        raise InputError(f"tower {checkpoint.tower} has no preprocessor_config.json")
+    side = {"height": vision["image_size"], "width": vision["image_size"]}
     run.write_json(
         folder / "preprocessor_config.json",
         {
-            **{k: v for k, v in run.read_json(source).items() if k != "feature_extractor_type"},
+            # SigLIP's processor has neither; LLaVA's would crop to 224 by itself.
+            "do_center_crop": False,
+            "crop_size": side,
+            **load_image_processor(local(checkpoint.tower)).to_dict(),
             "image_processor_type": "LlavaImageProcessor",
             "processor_class": "LlavaProcessor",
             "do_pad": checkpoint.image_mode == "pad",

@@ -44,6 +44,19 @@ class Llava(nn.Module):
         self.vision_tower.eval()
         return self
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Llava:
+        """Move and cast weights, but never round a buffer.
+
+        DeepSpeed casts the whole module to bf16, and RoPE's frequencies in bf16 are radians off at position 2048.
+        """
+        exact = [(m, n, b) for m in self.modules() for n, b in m._buffers.items() if b is not None]
+        super()._apply(fn, recurse)
+        for module, name, before in exact:
+            after = module._buffers[name]
+            if after is not None and after.dtype != before.dtype:
+                module._buffers[name] = before.to(after.device)
+        return self
+
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """Images (N, 3, H, W) as embeddings (N, P, D)."""
         with torch.no_grad():

@@ -102,6 +102,7 @@ def train(fields: dict, step: str, deepspeed: str | None, folder: Path, whole: i
     )
     trainer = build_trainer(recipe, step, model, args, loader)
     final = trainer.run()
+    assert all(b.dtype == torch.float32 for b in model.buffers() if b.is_floating_point()), "RoPE was rounded"
     trainer.barrier()
     engine.forget()
     return final / "weights.safetensors"

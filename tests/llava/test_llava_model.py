@@ -172,6 +172,16 @@ def test_siglip_shows_every_patch(llava_fields, tmp_path) -> None:
     assert torch.allclose(model.image_features(pixels), model.multi_modal_projector(states), atol=1e-6)
 
 
+def test_rotary_frequencies_are_never_rounded(llava_fields) -> None:
+    model = build_llava(recipe_from(llava_fields, precision="bf16"), "pretrain", bf16_everywhere=True)
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    assert any("inv_freq" in n for n in before)
+    model.bfloat16()
+    after = dict(model.named_buffers())
+    assert all(after[n].dtype == b.dtype and torch.equal(after[n], b) for n, b in before.items())
+    assert {p.dtype for p in model.float().parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("layer", [-2, -1, 1])
 def test_select_layer(llava_fields, tiny_clip, layer) -> None:
     from transformers import CLIPModel

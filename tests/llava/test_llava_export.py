@@ -1,0 +1,320 @@
+"""One finetune, two folders: same weights, same tokens, what other programs read in them; and back again."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from small_llama import write_llama
+
+from llava_genhancer import cli, engine, recipes, run
+from llava_genhancer.errors import InputError
+from llava_genhancer.llava.chat import answer, load_llava
+from llava_genhancer.llava.conversation import IMAGE_TOKEN_INDEX, Turn, encode_prompt
+from llava_genhancer.llava.dataset import ImageView, load_image_processor
+from llava_genhancer.llava.export import export_step, import_llava
+from llava_genhancer.llava.model import build_llava
+from llava_genhancer.llava.recipes import LlavaRecipe
+from llava_genhancer.llava.tokenizer import load_tokenizer
+from llava_genhancer.llava.train import finetune, pretrain
+
+QUESTION = "what colour is the ball?"
+IMAGE_ID, WORDS, ROWS = 380, 380, 384
+
+
+def recipe_from(fields: dict, **changes) -> LlavaRecipe:
+    return recipes.override(LlavaRecipe(name="test"), {**fields, **changes})
+
+
+def train_run(fields: dict, run_dir: Path, **changes) -> tuple[LlavaRecipe, Path]:
+    recipe = recipe_from(fields, **{"pretrain.max_steps": 2, "finetune.max_steps": 2, **changes})
+    pretrain(recipe, run_dir)
+    return recipe, finetune(recipe, run_dir)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, llava_fields: dict) -> tuple[LlavaRecipe, Path]:
+    """A full finetune of two steps, and its folder."""
+    return train_run(llava_fields, tmp_path_factory.mktemp("run"))
+
+
+def trained_model(recipe: LlavaRecipe, folder: Path):
+    model = build_llava(recipe, "finetune")
+    engine.load_trained(model, folder / "weights.safetensors")
+    return model.eval()
+
+
+def prompt(recipe: LlavaRecipe, question: str = QUESTION, patches: int = 16) -> torch.Tensor:
+    """Ids as in training, the image's place as long as the image."""
+    ids = encode_prompt([Turn(f"<image>\n{question}", None)], "v1", load_tokenizer(recipe.llm))
+    long = [x for i in ids for x in ([i] * patches if i == IMAGE_TOKEN_INDEX else [i])]
+    return torch.tensor([long])
+
+
+def picture(llava_data: dict, name: str = "7.png") -> Image.Image:
+    return Image.open(llava_data["images"] / name).convert("RGB")
+
+
+@pytest.mark.parametrize("form", ["hf", "llava"])
+@torch.no_grad()
+def test_both_forms_say_what_the_trained_model_says(trained, llava_data, form) -> None:
+    recipe, folder = trained
+    ours = trained_model(recipe, folder)
+    model, processor = load_llava(folder / form)
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
+    text = processor.apply_chat_template([message], add_generation_prompt=True)
+    inputs = processor(images=picture(llava_data), text=text, return_tensors="pt")
+    ids = prompt(recipe)
+    assert torch.equal(inputs["input_ids"], ids.masked_fill(ids == IMAGE_TOKEN_INDEX, IMAGE_ID))
+    pixels = inputs["pixel_values"]
+    logits = model(**inputs).logits
+    assert logits.shape[-1] == ROWS
+    assert torch.allclose(logits[..., :WORDS], ours.logits(ids, pixels), atol=1.5e-6)
+    expected = ours.generate(ids, pixels, do_sample=False, max_new_tokens=24)
+    got = model.generate(**inputs, do_sample=False, max_new_tokens=24)[:, ids.shape[1] :]
+    assert torch.equal(got, expected)
+    assert len(set(got[0].tolist())) > 3, "a model that repeats one token would agree with anything"
+
+
+def test_the_processor_pads_as_training_did(trained, llava_data) -> None:
+    recipe, folder = trained
+    _, processor = load_llava(folder / "hf")
+    view = ImageView(load_image_processor(recipe.tower), "pad")
+    for name in ("0.png", "19.png"):  # 40 x 30 and 59 x 30
+        got = processor.image_processor(picture(llava_data, name), return_tensors="pt")["pixel_values"][0]
+        # transformers resizes with torchvision, training with PIL: a grey level or so of 255 apart.
+        assert (got - view(picture(llava_data, name))).abs().max() < 3 / 255 / 0.26
+
+
+def test_no_generation_ever_emits_the_new_rows(trained, llava_data) -> None:
+    """Even where their logits are the largest of all."""
+    _, folder = trained
+    model, processor = load_llava(folder / "hf")
+    with torch.no_grad():
+        model.lm_head.weight[WORDS:] = 100 * torch.randn(ROWS - WORDS, model.lm_head.weight.shape[1])
+    inputs = processor(images=picture(llava_data), text="USER: <image>\n? ASSISTANT:", return_tensors="pt")
+    start = inputs["input_ids"].shape[1]
+    free = model.generate(**inputs, do_sample=False, max_new_tokens=20, suppress_tokens=None)[0, start:]
+    assert (free >= WORDS).any()
+    kept = model.generate(**inputs, do_sample=False, max_new_tokens=20)[0, start:]
+    assert not (kept >= WORDS).any()
+
+
+def test_keys_and_configurations(trained, tiny_clip, tiny_llama) -> None:
+    _, folder = trained
+    llm = load_file(tiny_llama / "model.safetensors")
+    vision = {n for n in load_file(tiny_clip / "model.safetensors") if n.startswith("vision_model.")}
+    hf, original = (load_file(folder / form / "model.safetensors") for form in ("hf", "llava"))
+    projector = {(i, k) for i in (1, 2) for k in ("weight", "bias")}
+    assert hf.keys() == (
+        {f"vision_tower.{n}" for n in vision}
+        | {f"language_model.{n}" for n in llm}
+        | {f"multi_modal_projector.linear_{i}.{k}" for i, k in projector}
+    )
+    assert original.keys() == set(llm) | {f"model.mm_projector.{2 * i - 2}.{k}" for i, k in projector}
+    assert all(v.dtype == torch.float32 for v in (*hf.values(), *original.values()))
+    assert all(torch.equal(original[n], hf[f"language_model.{n}"][: len(original[n])]) for n in llm)
+    widened = {n for n in llm if hf[f"language_model.{n}"].shape != llm[n].shape}
+    assert widened == {"model.embed_tokens.weight", "lm_head.weight"}
+
+    config = run.read_json(folder / "llava" / "config.json")
+    expected = {
+        "model_type": "llava_llama",
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "mm_vision_tower": str(tiny_clip),
+        "mm_hidden_size": 32,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "pad",
+        "vocab_size": WORDS,
+        "torch_dtype": "float32",
+    }
+    assert {k: config[k] for k in expected} == expected
+    assert (folder / "llava" / "tokenizer.model").read_bytes() == (tiny_llama / "tokenizer.model").read_bytes()
+    config = run.read_json(folder / "hf" / "config.json")
+    assert (config["image_token_index"], config["text_config"]["vocab_size"]) == (IMAGE_ID, ROWS)
+
+
+def test_generation_configs_can_be_saved(trained, tmp_path) -> None:
+    """Vicuna's has a temperature without sampling, on which save_pretrained fails."""
+    from transformers import GenerationConfig
+
+    _, folder = trained
+    assert "temperature" in run.read_json(Path(trained[0].llm) / "generation_config.json")
+    for form in ("hf", "llava"):
+        config = GenerationConfig.from_pretrained(folder / form)
+        config.save_pretrained(tmp_path)
+        assert (config.bos_token_id, config.eos_token_id, config.temperature) == (1, 2, None)
+
+
+def test_the_pretrained_projector(trained) -> None:
+    _, folder = trained
+    pretrained = folder.parent / "llava-pretrain"
+    state = torch.load(pretrained / "llava" / "mm_projector.bin", weights_only=True)
+    weights = load_file(pretrained / "weights.safetensors")
+    assert state.keys() == {f"model.mm_projector.{i}.{k}" for i in (0, 2) for k in ("weight", "bias")}
+    for i in (0, 2):
+        name = f"multi_modal_projector.linear_{i // 2 + 1}.weight"
+        assert torch.equal(state[f"model.mm_projector.{i}.weight"], weights[name])
+    assert run.read_json(pretrained / "llava" / "config.json")["mm_projector_type"] == "mlp2x_gelu"
+
+
+def test_lora_is_merged(llava_fields, tmp_path) -> None:
+    fields = {"lora_rank": 4, "lora_alpha": 16.0, "finetune.learning_rate": 1e-2}
+    recipe, folder = train_run(llava_fields, tmp_path, **fields)
+    ours = trained_model(recipe, folder)
+    model, _ = load_llava(folder / "llava")
+    ids, pixels = prompt(recipe), torch.randn(1, 3, 32, 32)
+    got = model(input_ids=ids.masked_fill(ids == IMAGE_TOKEN_INDEX, IMAGE_ID), pixel_values=pixels).logits
+    expected = ours.logits(ids, pixels)
+    assert torch.allclose(got[..., :WORDS], expected, atol=5e-5)
+    for name, parameter in ours.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.zero_()
+    assert (ours.logits(ids, pixels) - expected).abs().max() > 1e-2, "the adapters do something"
+
+
+def test_a_bf16_siglip_llava_with_tied_embeddings(llava_fields, tmp_path) -> None:
+    from llava_genhancer.toyworld.models import save_siglip
+
+    tower = save_siglip(tmp_path / "siglip")
+    llm = write_llama(tmp_path / "llm", tied=True)
+    changes = {"tower": str(tower), "llm": str(llm), "precision": "bf16", "max_length": 400}
+    recipe, folder = train_run(llava_fields, tmp_path / "run", **changes)
+    for form in ("hf", "llava"):
+        state = load_file(folder / form / "model.safetensors")
+        assert {v.dtype for v in state.values()} == {torch.bfloat16}
+        assert not any("lm_head" in n for n in state)
+    model, processor = load_llava(folder / "hf")
+    assert model.config.vision_feature_select_strategy == "full"
+    image = Image.new("RGB", (50, 40), (200, 30, 30))
+    inputs = processor(images=image, text="USER: <image>\n? ASSISTANT:", return_tensors="pt").to(dtype=torch.bfloat16)
+    view = ImageView(load_image_processor(recipe.tower), "pad")
+    assert (inputs["pixel_values"][0].float() - view(image)).abs().max() < 3 / 255 / 0.5 + 0.01
+    patches = model.config.image_seq_length
+    assert (inputs["input_ids"] == IMAGE_ID).sum() == patches
+    ours = trained_model(recipe, folder).bfloat16().float()  # compared in fp32, of the same rounded weights
+    ids = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE_ID, IMAGE_TOKEN_INDEX)
+    pixels = inputs["pixel_values"].float()
+    got = model.float()(input_ids=inputs["input_ids"], pixel_values=pixels).logits
+    assert torch.allclose(got[..., :WORDS], ours.logits(ids, pixels), atol=2e-5)
+
+
+def test_import_is_the_way_back(trained, tmp_path, capsys) -> None:
+    _, folder = trained
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["llava", "import", str(folder / "llava"), "--output_dir", str(tmp_path / "hf")])
+    assert caught.value.code == 0, capsys.readouterr().err
+    ours, theirs = (
+        {p.name: p.read_bytes() for p in (d).iterdir() if p.name not in ("complete.json", "config.json")}
+        for d in (tmp_path / "hf", folder / "hf")
+    )
+    assert ours == theirs
+    again, first = (run.read_json(d / "config.json") for d in (tmp_path / "hf", folder / "hf"))
+    ours, theirs = (config.pop("text_config") for config in (again, first))
+    assert {k for k in theirs if theirs[k] != ours[k]} == {"architectures"}  # the original's own class
+    assert first == again
+
+
+def test_released_checkpoints_have_shards_and_a_tower_inside(trained, tmp_path, tiny_clip) -> None:
+    """As LLaVA-1.5 was released: .bin shards, the tower's weights among them, its path a hub's."""
+    _, folder = trained
+    source = tmp_path / "llava-v1.5-tiny"
+    source.mkdir()
+    for path in (folder / "llava").iterdir():
+        if path.suffix != ".safetensors":
+            (source / path.name).write_bytes(path.read_bytes())
+    config = run.read_json(source / "config.json") | {"mm_vision_tower": "openai/not-here", "model_type": "llava"}
+    (source / "config.json").write_text(json.dumps(config))
+    state = load_file(folder / "llava" / "model.safetensors")
+    tower = {"model.vision_tower.vision_tower.vision_model.x": torch.zeros(2)}
+    names = sorted(state)
+    for i, part in enumerate(({n: state[n] for n in names[:7]} | tower, {n: state[n] for n in names[7:]})):
+        torch.save(part, source / f"pytorch_model-0000{i + 1}-of-00002.bin")
+    with pytest.raises(InputError, match="openai/not-here cannot be loaded"):
+        import_llava(source, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    import_llava(source, tmp_path / "b", tower=str(tiny_clip))
+    ours, theirs = (load_file(d / "model.safetensors") for d in (tmp_path / "b", folder / "hf"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "llama"}, "is not a checkpoint of LLaVA-1.5's form"),
+        ({"mm_projector_type": "linear"}, "mm_projector_type linear"),
+        ({"mm_use_im_start_end": True}, "tokens of its own"),
+    ],
+)
+def test_what_cannot_be_imported(trained, tmp_path, change, words) -> None:
+    _, folder = trained
+    config = run.read_json(folder / "llava" / "config.json") | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=words):
+        import_llava(tmp_path, tmp_path / "out")
+    with pytest.raises(InputError, match="does not exist"):
+        import_llava(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_chat_answers_the_same_from_both_forms(trained, llava_data, capsys) -> None:
+    _, folder = trained
+    said = []
+    for form in ("hf", "llava"):
+        image = str(llava_data["images"] / "3.png")
+        questions = ["--question", QUESTION, "--question", "how many cats are there?"]
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["llava", "chat", str(folder / form), image, *questions, "--max_new_tokens", "12"])
+        assert caught.value.code == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    model, processor = load_llava(folder / "hf")
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
+    first = answer(model, processor, picture(llava_data, "3.png"), [message], 12)
+    assert said[0].startswith(first)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "image", "words"),
+    [("hf", "no.png", "no.png cannot be used: file not found"), ("nothing", "3.png", "no config.json there")],
+)
+def test_chat_with_what_is_not_there(trained, llava_data, capsys, checkpoint, image, words) -> None:
+    _, folder = trained
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["llava", "chat", str(folder / checkpoint), str(llava_data["images"] / image), "--question", "?"])
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_export_elsewhere_and_unfinished(trained, tmp_path, capsys) -> None:
+    recipe, folder = trained
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["llava", "export", str(folder.parent), "--output_dir", str(tmp_path)])
+    assert caught.value.code == 0
+    for form in ("hf", "llava"):
+        ours, theirs = (d / form / "model.safetensors" for d in (tmp_path, folder))
+        assert ours.read_bytes() == theirs.read_bytes()
+    with pytest.raises(InputError, match="is not finished"):
+        export_step(recipe, "finetune", tmp_path)
+
+
+def test_large_models_are_written_in_shards(trained, tmp_path, monkeypatch) -> None:
+    from llava_genhancer.llava import checkpoint
+
+    recipe, folder = trained
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 60_000)
+    export_step(recipe, "finetune", folder, tmp_path)
+    shards = list((tmp_path / "hf").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    whole = load_file(folder / "hf" / "model.safetensors")
+    parts = {n: v for shard in shards for n, v in load_file(shard).items()}
+    assert parts.keys() == whole.keys()
+    assert all(torch.equal(parts[n], whole[n]) for n in whole)
+    load_llava(tmp_path / "hf")
+    load_llava(tmp_path / "llava")
