@@ -17,7 +17,7 @@ from llava_genhancer.llava.recipes import get_recipe
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "enhance_then_llava.sh"
 TINY = ["enhance", "mmvp", "probes", "pretrain", "finetune", "baseline-pretrain", "baseline-finetune", "questions",
-        "report"]  # fmt: skip
+        "chat", "report"]  # fmt: skip
 
 
 def choices(preset: str = "tiny", **values) -> Choices:

@@ -108,6 +108,7 @@ def plan(choices: Choices) -> list[Step]:
         folders = [str(folder / "llava-finetune" / form) for folder, _, _ in reversed(trained)]
         words = ["questions", *folders, "--labels", "original", "enhanced", "--data", _toy("questions_test", choices)]
         steps.append(_measure("questions", words, run_dir, "questions", folders))
+        steps.append(_chat(folders[-1], choices))
     steps.append(Step("report", ("report", str(run_dir))))
     return [
         replace(step, needs=tuple(needs(step.name.removeprefix("baseline-"), choices.preset, llava, data_of)))
@@ -149,6 +150,15 @@ def _measure(name: str, command: Sequence[str | None], run_dir: Path, file: str,
     result = run_dir / "eval" / f"{file}.json"
     words = (*(word for word in command if word is not None), "--output", str(result))
     return Step(name, words, result=result, sources=tuple(Path(s) / "config.json" for s in sources))
+
+
+def _chat(checkpoint: str, choices: Choices) -> Step:
+    """One question about one image that no training saw."""
+    from llava_genhancer.toyworld.questions import QUESTIONS, SHORT_SUFFIX
+
+    question = f"{QUESTIONS['colour'][0]}\n{SHORT_SUFFIX}"
+    image = f"{_toy('questions_test', choices)}/images/000000.jpg"
+    return Step("chat", ("llava", "chat", checkpoint, image, "--question", question, "--max_new_tokens", "8"))
 
 
 def _toy(name: str, choices: Choices) -> str | None:
