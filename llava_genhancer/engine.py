@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
@@ -23,6 +24,8 @@ from transformers import TrainingArguments
 from llava_genhancer import run
 from llava_genhancer.errors import InputError, reason
 from llava_genhancer.trainer import FINAL_FILE, ExactTrainer
+
+log = logging.getLogger(__name__)
 
 
 def check_deepspeed(path: str | None) -> None:
@@ -163,7 +166,7 @@ def finish_stage(trainer: ExactTrainer, final: Path, seconds: float, **facts: An
         reports = [None] * trainer.world_size
         dist.all_gather_object(reports, trainer.loader.report().to_dict(), group=trainer.cpu_group)
     if trainer.rank == 0:
-        stage_dir = trainer.stage_dir
+        stage_dir, skipped = trainer.stage_dir, _add_reports(reports)
         weights = stage_dir / FINAL_FILE
         weights.unlink(missing_ok=True)
         try:
@@ -183,11 +186,21 @@ def finish_stage(trainer: ExactTrainer, final: Path, seconds: float, **facts: An
                 * trainer.world_size,
                 "seconds": round(seconds, 1),
                 "trainable_parameters": sum(_numel(p) for p in trainer.model.parameters() if p.requires_grad),
-                "skipped": _add_reports(reports),
+                "skipped": skipped,
                 "weights_bytes": weights.stat().st_size,
                 "weights_sha256": run.sha256(weights),
             },
         )
+        if skipped["skipped"]:
+            log.warning(
+                "%s: %d of %d images could not be used (%s%s); more in %s",
+                stage_dir.name,
+                skipped["skipped"],
+                skipped["read"],
+                "; ".join(f"{key}: {why}" for key, why in skipped["keys"][:3]),
+                "; ..." if len(skipped["keys"]) > 3 else "",
+                stage_dir / "result.json",
+            )
     trainer.barrier()
 
 

@@ -13,7 +13,6 @@ import math
 import os
 import shutil
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -28,6 +27,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from llava_genhancer import run
+from llava_genhancer.callbacks import Flow, Progress
 from llava_genhancer.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -114,9 +114,9 @@ class ExactTrainer(Trainer):
         self.cpu_group: Any = dist.new_group(backend="gloo") if distributed else None
         self.stop_signal = 0
         self._unchecked: deque[_Loss] = deque()
-        self._last_log = (time.monotonic(), 0)
-        self.add_callback(_Flow(self))
-        self.add_callback(_Progress(self))
+        self.last_log = (time.monotonic(), 0)
+        self.add_callback(Flow(self))
+        self.add_callback(Progress(self))
 
     # --- running -------------------------------------------------------------------------------------------------
 
@@ -247,10 +247,10 @@ class ExactTrainer(Trainer):
         """Trainer's log with images/s over all ranks added."""
         if "loss" in logs:
             now, step = time.monotonic(), self.state.global_step
-            then, before = self._last_log
+            then, before = self.last_log
             images = (step - before) * self.args.train_batch_size * self.args.gradient_accumulation_steps
             logs["images_per_second"] = round(images * self.world_size / max(now - then, 1e-9), 3)
-            self._last_log = (now, step)
+            self.last_log = (now, step)
         super().log(logs, start_time)
 
     # --- saving and loading ---------------------------------------------------------------------------------------
@@ -341,73 +341,3 @@ class ExactTrainer(Trainer):
 
     def _load_data_position(self, folder: Path) -> None:
         self.loader.load_state_dict(torch.load(folder / f"loader_{self.rank}.pt", weights_only=True))
-
-
-class _Flow(TrainerCallback):
-    """Per-rank noise, snapshots, and the agreed stop."""
-
-    def __init__(self, trainer: ExactTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Trainer seeds every rank alike, which would give all ranks the same noise. On resume the saved state follows.
-        torch.manual_seed(args.seed + 1_000_003 * self.trainer.rank)
-        self.trainer._last_log = (time.monotonic(), state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step in self.trainer.snapshot_steps:
-            self.trainer.check_weights()
-            self.trainer.save_trained(self.trainer.stage_dir / "snapshots" / f"step-{state.global_step}.safetensors")
-        if self.trainer.agreed_stop():
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.check_losses()
-        if self.trainer.rank == 0:
-            self.trainer.write_history()
-
-
-class _Progress(TrainerCallback):
-    """A bar with loss, images/s and time left on a terminal; a line now and then elsewhere."""
-
-    LINE_SECONDS = 20.0
-
-    def __init__(self, trainer: ExactTrainer):
-        self.trainer = trainer
-        self.bar: Any = None
-        self.last_line = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.rank == 0:
-            from tqdm import tqdm
-
-            self.bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                desc=self.trainer.stage_dir.name,
-                unit="step",
-                disable=not sys.stderr.isatty(),
-            )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n if not self.bar.disable else 0)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if self.bar is None or not logs or "loss" not in logs:
-            return
-        text = f"loss {logs['loss']:.4f}, {logs.get('images_per_second', 0):.1f} images/s"
-        if not self.bar.disable:
-            self.bar.set_postfix_str(text)
-        elif time.monotonic() - self.last_line > self.LINE_SECONDS or state.global_step >= state.max_steps:
-            self.last_line = time.monotonic()
-            rate = logs.get("images_per_second", 0) / (
-                args.train_batch_size * args.gradient_accumulation_steps * self.trainer.world_size
-            )
-            left = f", {(state.max_steps - state.global_step) / rate / 60:.1f} min left" if rate else ""
-            name = self.trainer.stage_dir.name
-            print(f"{name} step {state.global_step}/{state.max_steps}: {text}{left}", file=sys.stderr, flush=True)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()

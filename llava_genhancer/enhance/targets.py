@@ -41,6 +41,10 @@ class VaeTarget:
         self.vae.to(device)
         return self
 
+    def drop_decoder(self) -> None:
+        """Free the half that only pictures need."""
+        self.vae.decoder = None
+
     def latent_side(self, image_size: int) -> int:
         """Latent side for an image side; it must be even (2x2 patches)."""
         if image_size % (2 * self.downscale):

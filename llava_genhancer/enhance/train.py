@@ -125,7 +125,10 @@ def train_stage(recipe: Recipe, stage: int, run_dir: Path, source: Source, deeps
         snapshot_steps=table.snapshot_steps,
         decay_all=recipe.decay_biases_and_norms,
     )
-    if table.sample_steps and recipe.sample_images:
+    pictures = table.sample_steps > 0 and recipe.sample_images > 0
+    if not pictures or args.process_index > 0:
+        target.drop_decoder()
+    if pictures:
         images = _preview(source, recipe.sample_images, enhancer.backbone.image_size)
         trainer.add_callback(_Pictures(trainer, images, table.sample_steps))
     final = trainer.run()

@@ -148,6 +148,14 @@ def test_the_vae_is_frozen_and_latents_are_fp32(small_flux: Path) -> None:
     assert target.encode(pictures()).dtype == torch.float32
 
 
+def test_training_needs_no_decoder(small_flux: Path) -> None:
+    target = load_vae_target(str(small_flux), posterior="mean")
+    latents, size = target.encode(pictures()), sum(p.numel() for p in target.vae.parameters())
+    target.drop_decoder()
+    assert torch.equal(target.encode(pictures()), latents)
+    assert sum(p.numel() for p in target.vae.parameters()) < size / 2
+
+
 def test_sizes_that_do_not_fit(small_flux: Path) -> None:
     with pytest.raises(InputError, match="image_size=232 is not a multiple of 16"):
         load_vae_target(str(small_flux)).latent_side(232)

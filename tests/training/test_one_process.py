@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,16 @@ def test_a_run_leaves_what_it_should(finished: Path, tiny_fields: dict) -> None:
         assert len(complete) == 2, "two checkpoints are kept, the last of them the final one"
         assert complete[-1] == f"checkpoint-{steps}"
     assert "Not measured yet" in (finished / "tower" / "README.md").read_text()
+
+
+def test_skipped_images_are_reported_at_the_end(tiny_fields, images_folder, tmp_path, caplog) -> None:
+    folder = Path(shutil.copytree(images_folder, tmp_path / "images"))
+    (folder / "bad.jpg").write_bytes(b"no image")
+    recipe = recipe_from(tiny_fields, data=str(folder), **{"stage1.max_steps": 6})
+    stage = enhance(recipe, tmp_path / "run", stages=(1,))
+    skipped = run.read_json(stage / "result.json")["skipped"]
+    assert skipped["skipped"] == 1
+    assert f"stage1: 1 of {skipped['read']} images could not be used (bad.jpg: " in caplog.text
 
 
 def test_checkpoints_hold_no_frozen_weights(finished: Path) -> None:
@@ -210,12 +221,12 @@ def test_noise_differs_between_ranks(monkeypatch) -> None:
     """Trainer seeds every rank alike; ours must not."""
     from types import SimpleNamespace
 
-    from llava_genhancer.trainer import _Flow
+    from llava_genhancer.callbacks import Flow
 
     draws = []
     for rank in (0, 1):
-        trainer = SimpleNamespace(rank=rank, _last_log=None)
-        _Flow(trainer).on_train_begin(SimpleNamespace(seed=0), SimpleNamespace(global_step=0), None)
+        trainer = SimpleNamespace(rank=rank, last_log=None)
+        Flow(trainer).on_train_begin(SimpleNamespace(seed=0), SimpleNamespace(global_step=0), None)
         draws.append(torch.randn(4))
     assert not torch.equal(*draws)
 
