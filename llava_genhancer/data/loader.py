@@ -8,7 +8,9 @@ that was open, plus the block that was being filled.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import multiprocessing
 import signal
 import warnings
 from collections.abc import Callable, Iterator
@@ -199,9 +201,17 @@ def start_worker(worker: int) -> None:
     torch.set_num_threads(1)
 
 
+@atexit.register
+def _kill_workers() -> None:
+    """The interpreter ends its workers with SIGTERM and waits: for ever, as they ignore it. So they are gone before."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes their end for an accident
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
 def end_workers(batches: Any) -> None:
-    """End the workers behind a DataLoader's iterator now: the interpreter's end would wait for ever for processes that
-    ignore SIGTERM."""
+    """End the workers behind a DataLoader's iterator now."""
     if hasattr(batches, "_shutdown_workers"):  # only the iterators with workers have it
         batches._shutdown_workers()
 
