@@ -36,7 +36,7 @@ def save_hf_tokenizer(source: str, folder: Path) -> int:
     for name, found in files.items():
         shutil.copyfile(found, folder / name)
     if "tokenizer.model" in files:
-        tokenizer = fast_llama_tokenizer(files["tokenizer.model"])
+        tokenizer = fast_llama_tokenizer(files["tokenizer.model"], added=added_tokens(path))
     elif "tokenizer.json" in files:
         tokenizer = Tokenizer.from_file(files["tokenizer.json"])
     else:
@@ -74,12 +74,12 @@ def load_tokenizer(source: str) -> Any:
     files = {name: found for name in ("tokenizer.model", "tokenizer_config.json") if (found := find_file(path, name))}
     settings = run.read_json(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
     if "tokenizer.model" in files and settings.get("tokenizer_class", "").startswith("Llama"):
-        return PreTrainedTokenizerFast(
-            tokenizer_object=fast_llama_tokenizer(files["tokenizer.model"], legacy=settings.get("legacy") is not False),
-            bos_token="<s>",
-            eos_token="</s>",
-            unk_token="<unk>",
-        )
+        legacy = settings.get("legacy") is not False
+        tokenizer = fast_llama_tokenizer(files["tokenizer.model"], legacy=legacy, added=added_tokens(path))
+        named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
+        named |= {name: settings[name] for name in named if settings.get(name)}
+        named = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -89,10 +89,22 @@ def load_tokenizer(source: str) -> Any:
     return tokenizer
 
 
-def fast_llama_tokenizer(model_file: str, *, legacy: bool = True) -> Any:
+def added_tokens(path: str) -> dict[str, int]:
+    """Tokens that a tokenizer's folder adds to its sentencepiece model, and their ids."""
+    added: dict[str, int] = {}
+    if file := find_file(path, "added_tokens.json"):
+        added |= run.read_json(file)
+    if file := find_file(path, "tokenizer_config.json"):
+        entries = run.read_json(file).get("added_tokens_decoder", {})
+        added |= {token["content"]: int(number) for number, token in entries.items()}
+    return dict(sorted(added.items(), key=lambda item: item[1]))
+
+
+def fast_llama_tokenizer(model_file: str, *, legacy: bool = True, added: dict[str, int] | None = None) -> Any:
     """A ``tokenizers.Tokenizer`` that equals sentencepiece's BPE on every stretch of text between special tokens.
 
     Args:
+        added: further special tokens, see :func:`added_tokens`.
         legacy: every stretch starts with a word boundary, as in Llama's slow tokenizer; False: only the first does.
     """
     from sentencepiece import SentencePieceProcessor
@@ -121,6 +133,10 @@ def fast_llama_tokenizer(model_file: str, *, legacy: bool = True) -> Any:
     )
     special = [AddedToken(names[i], special=True, normalized=False) for i in (0, 1, 2)]
     tokenizer.add_special_tokens(special)
+    for token, number in (added or {}).items():
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        if tokenizer.token_to_id(token) != number:
+            raise InputError(f"{model_file}: added token {token} has the id {number}, which leaves a gap before it")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocabulary["<s>"])]
     )

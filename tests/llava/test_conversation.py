@@ -1,8 +1,10 @@
 """Ids equal an independent slow tokenizer's, labels cover what the assistant says and nothing else."""
 
 import itertools
+import json
 import random
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -204,3 +206,27 @@ def test_long_text_takes_time_in_proportion(llama: tuple[Any, SlowLlama]) -> Non
 
     seconds(100)
     assert seconds(16_000) < 60 * max(seconds(1_000), 0.01)  # in proportion: 16 times; quadratic: 256
+
+
+def test_tokens_that_a_folder_adds(tmp_path: Path) -> None:
+    """A chat model on Llama's vocabulary: its markers are tokens of their own, its end is the one it names."""
+    folder = write_tokenizer(tmp_path / "chat")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
+    settings["added_tokens_decoder"] = {
+        str(i): {"content": token, **flags}
+        for i, token in ((0, "<unk>"), (1, "<s>"), (2, "</s>"), (521, "<|im_end|>"), (520, "<|im_start|>"))
+    }
+    settings |= {"eos_token": {"content": "<|im_end|>", **flags}, "pad_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(str(folder))
+    check_template("chatml", tokenizer)
+    ids, labels = encode(CONVERSATIONS[1], "chatml", tokenizer)
+    assert [run[-1] for run in learned_runs(ids, labels)] == [521] * 3
+    assert ids[:2] == [1, 520]
+    assert (stop_token_ids("chatml", tokenizer), tokenizer.pad_token_id) == ([521], 0)
+
+    settings["added_tokens_decoder"]["530"] = {"content": "<far>", **flags}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="<far> has the id 530"):
+        load_tokenizer(str(folder))
