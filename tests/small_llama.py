@@ -12,7 +12,7 @@ WORDS = (
 )
 
 
-def write_llama(folder: Path, *, model_type: str = "llama", tied: bool = False) -> Path:
+def write_llama(folder: Path, *, model_type: str = "llama", tied: bool = False, legacy: bool = True) -> Path:
     """A random two-layer language model of the family with a Llama tokenizer trained on :data:`WORDS`."""
     import sentencepiece
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -41,7 +41,7 @@ def write_llama(folder: Path, *, model_type: str = "llama", tied: bool = False) 
         "tokenizer_class": "LlamaTokenizer",
         "add_bos_token": True,
         "add_eos_token": False,
-        "legacy": True,
+        "legacy": legacy,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 2048,
         **special,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llava_genhancer import run
 from llava_genhancer.llava.checkpoint import Checkpoint, generation_config, vision_config, write_shards
-from llava_genhancer.llava.conversation import chat_template
+from llava_genhancer.llava.conversation import chat_template, get_template
 from llava_genhancer.llava.dataset import load_image_processor
 from llava_genhancer.llava.model import SELECT_STRATEGY, load_tower, local
 from llava_genhancer.llava.tokenizer import save_hf_tokenizer
@@ -34,7 +34,8 @@ def write_hf_companions(checkpoint: Checkpoint, folder: Path) -> int:
     """
     vision = vision_config(checkpoint.tower)
     strategy = SELECT_STRATEGY[vision["model_type"].removesuffix("_vision_model")]
-    image_id = save_hf_tokenizer(checkpoint.companions, folder)
+    template = get_template(checkpoint.conversation)
+    image_id = save_hf_tokenizer(checkpoint.companions, folder, template.later.replace("{bos}", ""))
     words = checkpoint.llm_config["vocab_size"]
     rows = max(words, -(-(image_id + 1) // 64) * 64)
     run.write_json(

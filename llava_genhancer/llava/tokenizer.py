@@ -8,6 +8,7 @@ boundary to each stretch between special tokens; transformers 5 builds others by
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from llava_genhancer.tower.export import TOKENIZER_FILES, find_file
 IMAGE_TOKEN = "<image>"
 
 
-def save_hf_tokenizer(source: str, folder: Path) -> int:
+def save_hf_tokenizer(source: str, folder: Path, later: str = "") -> int:
     """Write ``source``'s tokenizer with ``<image>`` added, for old and new transformers alike.
+
+    Args:
+        later: what the conversation template puts in front of each question after the first.
 
     Returns:
         The id of ``<image>``.
@@ -29,7 +33,7 @@ def save_hf_tokenizer(source: str, folder: Path) -> int:
     Raises:
         InputError: no tokenizer there.
     """
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 
     path = local(source)
     files = {name: found for name in TOKENIZER_FILES if (found := find_file(path, name))}
@@ -37,6 +41,18 @@ def save_hf_tokenizer(source: str, folder: Path) -> int:
         shutil.copyfile(found, folder / name)
     if "tokenizer.model" in files:
         tokenizer = fast_llama_tokenizer(files["tokenizer.model"], added=added_tokens(path))
+        if not is_legacy(files.get("tokenizer_config.json")):
+            # A processor gets the whole text at once; trained was a word boundary at its start and after each image,
+            # none after the end of an answer.
+            strip = re.escape(later) or "$^"
+            tokenizer.normalizer = normalizers.Sequence(
+                [
+                    normalizers.Prepend("▁"),
+                    normalizers.Replace(Regex(rf"\A▁(?={strip})"), ""),
+                    normalizers.Replace(" ", "▁"),
+                ]
+            )
+            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     elif "tokenizer.json" in files:
         tokenizer = Tokenizer.from_file(files["tokenizer.json"])
     else:
@@ -50,7 +66,7 @@ def save_hf_tokenizer(source: str, folder: Path) -> int:
 
     settings = json.loads(Path(files["tokenizer_config.json"]).read_text()) if "tokenizer_config.json" in files else {}
     if "tokenizer.model" in files:
-        settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": True}
+        settings |= {"tokenizer_class": "LlamaTokenizer"}
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     decoder: dict[str, Any] = settings.setdefault("added_tokens_decoder", {})
     for token in ("<unk>", "<s>", "</s>") if "tokenizer.model" in files else ():
@@ -74,7 +90,7 @@ def load_tokenizer(source: str) -> Any:
     files = {name: found for name in ("tokenizer.model", "tokenizer_config.json") if (found := find_file(path, name))}
     settings = run.read_json(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
     if "tokenizer.model" in files and settings.get("tokenizer_class", "").startswith("Llama"):
-        legacy = settings.get("legacy") is not False
+        legacy = is_legacy(files["tokenizer_config.json"])
         tokenizer = fast_llama_tokenizer(files["tokenizer.model"], legacy=legacy, added=added_tokens(path))
         named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
         named |= {name: settings[name] for name in named if settings.get(name)}
@@ -87,6 +103,11 @@ def load_tokenizer(source: str) -> Any:
     if not tokenizer.is_fast:
         raise InputError(f"llm {source} has no fast tokenizer: its folder needs a tokenizer.json")
     return tokenizer
+
+
+def is_legacy(config_file: str | None) -> bool:
+    """Whether Llama's slow tokenizer puts a word boundary after every special token; Vicuna 1.5's does not."""
+    return config_file is None or run.read_json(config_file).get("legacy") is not False
 
 
 def added_tokens(path: str) -> dict[str, int]:

@@ -78,6 +78,38 @@ def test_both_forms_say_what_the_trained_model_says(trained, llava_data, form) -
     assert len(set(got[0].tolist())) > 3, "a model that repeats one token would agree with anything"
 
 
+@pytest.mark.parametrize("template", ["v1", "llama_2", "mistral"])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_the_processor_writes_what_training_wrote(tiny_llama, tiny_clip, tmp_path, legacy, template) -> None:
+    """Two turns, images in the middle: a text at once here, piece by piece around images there."""
+    from transformers import AutoProcessor
+
+    from llava_genhancer.llava.checkpoint import Checkpoint, raw_config
+    from llava_genhancer.llava.hf import write_hf_companions
+
+    llm = write_llama(tmp_path / "llm", legacy=legacy)
+    checkpoint = Checkpoint(
+        llm_config=raw_config(str(llm)), companions=str(llm), tower=str(tiny_clip), language={}, projector={},
+        conversation=template, image_mode="pad", vision_feature_layer=-2, dtype=torch.float32,
+    )  # fmt: skip
+    write_hf_companions(checkpoint, tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    turns = [
+        Turn(f"<image>\n{QUESTION}", "red"),
+        Turn("<image> is left of <image>, yes?", "no"),
+        Turn("how many?", None),
+    ]
+    ids = encode_prompt(turns, template, load_tokenizer(str(llm)))
+    expected = [x for i in ids for x in ([IMAGE_ID] * 16 if i == IMAGE_TOKEN_INDEX else [i])]
+    messages = []
+    for question, said in turns:
+        messages.append({"role": "user", "content": question})
+        messages += [{"role": "assistant", "content": said}] if said else []
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    got = processor(images=[Image.new("RGB", (32, 32))] * 3, text=text)["input_ids"]
+    assert got[0] == expected
+
+
 def test_the_processor_pads_as_training_did(trained, llava_data) -> None:
     recipe, folder = trained
     _, processor = load_llava(folder / "hf")
