@@ -86,7 +86,7 @@ def test_answers_are_the_most_likely_texts_taken_one_by_one(asked, loaded):
         start = inputs["input_ids"].shape[1]
         scores = []
         for option in q.options:
-            answer = processor.tokenizer(f" {option}</s>", add_special_tokens=False).input_ids
+            answer = processor.tokenizer(f"{option}</s>", add_special_tokens=False).input_ids  # it adds the space
             ids = torch.cat([inputs["input_ids"], torch.tensor([answer])], 1)
             with torch.no_grad():
                 logits = model(input_ids=ids, pixel_values=inputs["pixel_values"]).logits[0]
