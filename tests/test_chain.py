@@ -134,6 +134,8 @@ def test_the_chain_stops_at_the_first_failure_and_keeps_its_status(capfd, tmp_pa
         (["tiny", "surplus"], "surplus"),
         (["tiny", "--seed"], "--seed needs a value"),
         (["tiny", "--fork", "/nowhere"], "--fork /nowhere does not exist"),
+        (["tiny", "--fork", "/", "--fork_python", "/nowhere"], "/nowhere cannot be started"),
+        (["tiny", "--fork", "/", "--fork_python", "/bin/false"], "pip install --no-deps"),
         (["tiny", "--tower", "/nowhere"], "--tower /nowhere is not a folder"),
         (["vicuna-7b"], "add --data PATH"),
         (["vicuna-7b", "--data", "x", "--llava_data", "/nowhere"], "step pretrain shows the commands"),
@@ -172,6 +174,14 @@ def test_a_hostfiles_slots_are_counted(tmp_path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("# ours\none slots=8\ntwo slots=4  # half\n\n")
     assert command._world(str(hosts)) == 12
+
+
+def test_the_slurm_script_is_for_slurm() -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+    script = SCRIPT.with_name("slurm_enhance_then_llava.sh")
+    done = subprocess.run(["bash", str(script), "tiny"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "start it with sbatch" in done.stderr
 
 
 def test_the_script_finds_the_package_and_hands_on_what_it_gets(tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from llava_genhancer.chain.steps import PRESETS, Choices, plan
 from llava_genhancer.errors import InputError
 
 PROG = "enhance_then_llava"
+_PACKAGE = Path(__file__).resolve().parent.parent
 
 
 class _Parser(argparse.ArgumentParser):
@@ -108,7 +110,7 @@ def check(choices: Choices) -> None:
     """What would stop the first step or a later one anyway, said before hours are spent.
 
     Raises:
-        InputError: no GPU, no images, no LLaVA data, no such tower, fork or hostfile.
+        InputError: no GPU, no images, no LLaVA data, no such tower, hostfile or fork, or one without our adapter.
     """
     from llava_genhancer.chain.needs import llava_data
 
@@ -117,6 +119,8 @@ def check(choices: Choices) -> None:
             raise InputError(f"{name} {path} does not exist")
     if choices.tower is not None and choices.tower.startswith((".", "/")) and not Path(choices.tower).is_dir():
         raise InputError(f"--tower {choices.tower} is not a folder")
+    if choices.fork is not None:
+        _check_fork(choices.fork, choices.fork_python)
     if not choices.gpus:
         return
     if choices.tower is None and choices.data is None:
@@ -133,6 +137,21 @@ def check(choices: Choices) -> None:
 
     if not torch.cuda.is_available():
         raise InputError(f"torch finds no GPU here and {choices.preset} needs one: use the preset tiny")
+
+
+def _check_fork(folder: Path, python: str) -> None:
+    """The fork's environment has to know the fork and us."""
+    for module, advice in (
+        ("llava_genhancer.launch", f"install the adapter there: {python} -m pip install --no-deps {_PACKAGE.parent}"),
+        ("llava.train.train", "give the fork's checkout, and with --fork_python the interpreter it was installed for"),
+    ):
+        find = f"import sys, importlib.util as u; sys.exit(u.find_spec({module!r}) is None)"
+        try:
+            found = subprocess.run([python, "-c", find], cwd=folder, capture_output=True).returncode == 0
+        except OSError as error:
+            raise InputError(f"--fork_python {python} cannot be started ({error.strerror})") from None
+        if not found:
+            raise InputError(f"{python} finds no {module} in {folder}: {advice}")
 
 
 def _world(hostfile: str | None) -> int:
