@@ -1,0 +1,45 @@
+"""How our lmms-eval model starts, or refuses to: lmms-eval itself reports an error and then exits with status 0."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from llava_genhancer.errors import InputError
+
+RUN_VARIABLE = "LLAVA_GENHANCER_RUN"
+# Where a checkpoint lies below what a user names: a checkpoint, a finetuning, a whole run.
+_BELOW = (".", "hf", "llava-finetune/hf", "llava-finetune")
+
+
+def checkpoint_folder(pretrained: str | None) -> Path:
+    """The checkpoint of ``pretrained=``, or else of the run in ``$LLAVA_GENHANCER_RUN``.
+
+    Raises:
+        InputError: neither was given, or there is no checkpoint.
+    """
+    asked = pretrained or os.environ.get(RUN_VARIABLE)
+    if not asked:
+        raise InputError(
+            "no model was named: give --model llava_genhancer --model_args pretrained=RUN/llava-finetune, "
+            f"or set {RUN_VARIABLE} to a run's folder"
+        )
+    for place in _BELOW:
+        folder = Path(asked).expanduser() / place
+        if (folder / "config.json").is_file():
+            return folder
+    origin = "pretrained" if pretrained else RUN_VARIABLE
+    raise InputError(f"{origin}={asked} holds no LLaVA: no config.json there, nor in {', '.join(_BELOW[1:])} below it")
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Around a model's construction: an InputError becomes one line on stderr and status 2, past lmms-eval's net."""
+    try:
+        yield
+    except InputError as error:
+        print(f"llava_genhancer: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
