@@ -34,8 +34,7 @@ def write_hf_companions(checkpoint: Checkpoint, folder: Path) -> int:
     """
     vision = vision_config(checkpoint.tower)
     strategy = SELECT_STRATEGY[vision["model_type"].removesuffix("_vision_model")]
-    template = get_template(checkpoint.conversation)
-    image_id = save_hf_tokenizer(checkpoint.companions, folder, template.later.replace("{bos}", ""))
+    image_id = save_hf_tokenizer(checkpoint.companions, folder, get_template(checkpoint.conversation))
     words = checkpoint.llm_config["vocab_size"]
     rows = max(words, -(-(image_id + 1) // 64) * 64)
     run.write_json(

@@ -15,17 +15,18 @@ from typing import Any
 
 from llava_genhancer import run
 from llava_genhancer.errors import InputError
+from llava_genhancer.llava.conversation import Template
 from llava_genhancer.llava.model import local
 from llava_genhancer.tower.export import TOKENIZER_FILES, find_file
 
 IMAGE_TOKEN = "<image>"
 
 
-def save_hf_tokenizer(source: str, folder: Path, later: str = "") -> int:
+def save_hf_tokenizer(source: str, folder: Path, template: Template) -> int:
     """Write ``source``'s tokenizer with ``<image>`` added, for old and new transformers alike.
 
     Args:
-        later: what the conversation template puts in front of each question after the first.
+        template: of the conversations that will be tokenized.
 
     Returns:
         The id of ``<image>``.
@@ -44,15 +45,16 @@ def save_hf_tokenizer(source: str, folder: Path, later: str = "") -> int:
         if not is_legacy(files.get("tokenizer_config.json")):
             # A processor gets the whole text at once; trained was a word boundary at its start and after each image,
             # none after the end of an answer.
-            strip = re.escape(later) or "$^"
+            later = template.later.replace("{bos}", "")
             tokenizer.normalizer = normalizers.Sequence(
                 [
                     normalizers.Prepend("▁"),
-                    normalizers.Replace(Regex(rf"\A▁(?={strip})"), ""),
+                    normalizers.Replace(Regex(rf"\A▁(?={re.escape(later) or '$^'})"), ""),
                     normalizers.Replace(" ", "▁"),
                 ]
             )
-            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+            if later and template.first.startswith(later):  # transformers 4.37.2 cannot read this one
+                tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     elif "tokenizer.json" in files:
         tokenizer = Tokenizer.from_file(files["tokenizer.json"])
     else:

@@ -69,8 +69,9 @@ def exported(folder: Path, llm: Path, tower: Path) -> tuple[LlavaRecipe, Llava]:
 
 
 @torch.no_grad()
-def test_the_original_code_reads_what_we_export(tiny_clip: Path, tmp_path: Path) -> None:
-    recipe, model = exported(tmp_path, write_llama(tmp_path / "llm"), tiny_clip)
+@pytest.mark.parametrize("legacy", [True, False])  # Vicuna 1.5's tokenizer is not
+def test_the_original_code_reads_what_we_export(tiny_clip: Path, tmp_path: Path, legacy: bool) -> None:
+    recipe, model = exported(tmp_path, write_llama(tmp_path / "llm", legacy=legacy), tiny_clip)
     old, new = batches()
     prompt = encode_prompt([Turn(f"<image>\n{QUESTION}", None)], "v1", load_tokenizer(recipe.llm))
     hf, processor = load_llava(tmp_path / "hf")
