@@ -293,6 +293,15 @@ def test_what_cannot_be_used_gives_way_to_its_kind(dataset: LlavaDataset, folder
         next(iter(LlavaLoader(broken, Collator(0, TOKENS_PER_IMAGE), batch_size=1, seed=10**6)))
 
 
+def test_an_image_behind_the_cut_is_not_seen(dataset: LlavaDataset, folder: Path, tiny_clip: Path) -> None:
+    data = [entry("1", "<image>\nWhat?", "A long answer. " * 100, "<image>\nAnd?", "No.", image=["0.png", "no.png"])]
+    item = build(read_samples(write(folder / "cut.json", data), folder / "images"), folder, tiny_clip)[0]
+    assert item["skipped"] == []
+    assert item["truncated"]
+    assert torch.equal(item["images"], dataset[0]["images"])
+    assert (item["input_ids"] == IMAGE_TOKEN_INDEX).sum() == 1
+
+
 def test_collator(dataset: LlavaDataset) -> None:
     items = [dataset[20], dataset[5], dataset[0]]
     batch = Collator(7, TOKENS_PER_IMAGE)(items)
