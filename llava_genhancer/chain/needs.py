@@ -48,19 +48,20 @@ def llava_data(preset: str, root: Path | None) -> dict[str, Data]:
 
 
 def _finetune_downloads(root: Path) -> list[str]:
-    """Sizes are those that the sources state."""
+    """Sizes are rounded from the archives' listings."""
 
     def unpacked(url: str, folder: str, size: str) -> str:
-        return f"wget -c {url} -O {root}/part.zip && unzip -q {root}/part.zip -d {root}/{folder}  # {size}"
+        archive = f"{root}/{folder}-{Path(url).name}"
+        return f"wget -c {url} -O {archive} && unzip -q {archive} -d {root}/{folder}  # {size}"
 
     genome = "https://cs.stanford.edu/people/rak248/VG_100K_2"
     return [
         "hf download liuhaotian/LLaVA-Instruct-150K llava_v1_5_mix665k.json --repo-type dataset "
         f"--local-dir {root}  # 1 GB",
-        unpacked("http://images.cocodataset.org/zips/train2017.zip", "coco", "18 GB"),
-        unpacked("https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip", "gqa", "20 GB"),
+        unpacked("http://images.cocodataset.org/zips/train2017.zip", "coco", "19 GB"),
+        unpacked("https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip", "gqa", "22 GB"),
         unpacked("https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip", "textvqa", "7 GB"),
-        unpacked(f"{genome}/images.zip", "vg", "9 GB"),
+        unpacked(f"{genome}/images.zip", "vg", "10 GB"),
         unpacked(f"{genome}/images2.zip", "vg", "5 GB"),
         f"# ocr_vqa: loadDataset.py of https://ocr-vqa.github.io, every image as .jpg into {root}/ocr_vqa/images",
     ]

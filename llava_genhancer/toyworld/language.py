@@ -134,7 +134,7 @@ def sample(form: str, rng: Random, tokenizer: Any) -> Encoded:
     told = questions.description(scene, rng)
     if form == "caption":
         first, second = (tokenizer.encode(text, add_special_tokens=False) for text in (told, _caption(scene, rng)))
-        return Encoded([1, *first, *second], [IGNORE_INDEX] * (1 + len(first)) + second)
+        return Encoded([tokenizer.bos_token_id, *first, *second], [IGNORE_INDEX] * (1 + len(first)) + second)
     (question, answer), *rest = questions.turns(scene, rng.sample(list(scenes.DETAILS), TURNS[form]), form, rng)
     return encode([Turn(f"{told}\n{question}", answer), *(Turn(*turn) for turn in rest)], "v1", tokenizer)
 
