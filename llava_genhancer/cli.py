@@ -63,6 +63,8 @@ def _known_failure(error: Exception) -> tuple[int, Exception | str] | None:
     if type(error).__name__ == "OutOfMemoryError":
         advice = "lower --per_device_batch_size, add --gradient_checkpointing true, or use configs/deepspeed/zero3.json"
         return 2, f"out of GPU memory: {advice}"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch raises a RuntimeError
+        return 2, "out of memory: use a smaller model or batch (`llava-genhancer doctor RECIPE` says what is needed)"
     return None
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import gc
 import logging
 import os
@@ -26,16 +27,42 @@ from llava_genhancer.errors import InputError, reason
 from llava_genhancer.trainer import FINAL_FILE, ExactTrainer
 
 log = logging.getLogger(__name__)
+# What a misspelt key is compared with; DeepSpeed knows many more.
+DEEPSPEED_KEYS = (
+    "bf16", "fp16", "gradient_accumulation_steps", "gradient_clipping", "optimizer", "scheduler", "train_batch_size",
+    "train_micro_batch_size_per_gpu", "zero_optimization",
+)  # fmt: skip
 
 
 def check_deepspeed(path: str | None) -> None:
-    """Refuse a DeepSpeed JSON that is not there.
+    """Refuse a DeepSpeed JSON that cannot be used, before anything is loaded.
 
     Raises:
-        InputError: no such file.
+        InputError: no such file, not JSON, a misspelt key (DeepSpeed would pass over it), a ZeRO section it refuses.
     """
-    if path is not None and not Path(path).is_file():
+    if path is None:
+        return
+    if not Path(path).is_file():
         raise InputError(f"--deepspeed {path} does not exist; configs/deepspeed/ has zero1, zero2, zero3")
+    settings = run.read_json(path)
+    zero = settings.get("zero_optimization", {}) if isinstance(settings, dict) else None
+    if not isinstance(zero, dict):
+        raise InputError(f"--deepspeed {path} is no DeepSpeed configuration: it and its zero_optimization are objects")
+    for key in settings:
+        near = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1, cutoff=0.85)
+        if near and key not in DEEPSPEED_KEYS:
+            raise InputError(f"--deepspeed {path}: unknown key '{key}', did you mean '{near[0]}'?")
+    if not torch.cuda.is_available():
+        _prepare_deepspeed_on_cpu()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:  # "auto" is filled in later, from the training's arguments
+        DeepSpeedZeroConfig(**{k: v for k, v in zero.items() if v != "auto"})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise InputError(f"--deepspeed {path}: {where}: {first['msg']}") from None
 
 
 def accumulation(global_batch_size: int, per_device_batch_size: int) -> int:

@@ -53,8 +53,8 @@ class StageRecipe:
             raise InputError("a stage needs max_steps >= 0, save_steps >= 1, log_steps >= 1 and sample_steps >= 0")
         if not 0 <= self.warmup_steps <= max(self.max_steps, 0):
             raise InputError(f"warmup_steps={self.warmup_steps} must lie between 0 and max_steps={self.max_steps}")
-        if self.learning_rate <= 0:
-            raise InputError(f"learning_rate={self.learning_rate} must be positive")
+        if not 0 < self.learning_rate <= 1:
+            raise InputError(f"learning_rate={self.learning_rate} must be positive and at most 1")
 
 
 # What a field must be where its type alone says too little.
@@ -383,7 +383,7 @@ def _parse(name: str, value: Any, kind: Any) -> Any:
         if kind is int and isinstance(value, float) and value != int(value):
             raise ValueError
         parsed = kind(value)
-        if kind is float and not math.isfinite(parsed):
+        if not (math.isfinite(parsed) if kind is float else kind is str or abs(parsed) < 2**63):
             raise ValueError
         return parsed
     except (TypeError, ValueError, OverflowError):

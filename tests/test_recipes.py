@@ -145,6 +145,8 @@ def test_none_and_words_for_truth() -> None:
         ({"lora_rank": True}, "needs a value of type int"),
         ({"lora_rank": None}, "needs a value of type int"),
         ({"lora_rank": float("inf")}, "needs a value of type int"),
+        ({"stage1.max_steps": 10**30}, "needs a value of type int"),
+        ({"stage1.learning_rate": "1e300"}, "must be positive and at most 1"),
         ({"lora_rank": "-1"}, "lora_rank=-1 must not be negative"),
         ({"lora_alpha": "nan"}, "needs a value of type float"),
         ({"lora_alpha": "1e999"}, "needs a value of type float"),

@@ -98,7 +98,7 @@ def check_backbone(name: str) -> str:
         raise InputError(f"backbone {name}: no config.json there; give the folder of a CLIPModel or SiglipModel")
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a config may hold anything, and transformers then raises anything
         raise InputError(
             f"backbone {name} cannot be loaded ({reason(error)}): give a local folder, or a hub id this "
             "machine can reach (HF_TOKEN for gated ones)"
