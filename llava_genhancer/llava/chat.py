@@ -69,18 +69,10 @@ def answer(
 ) -> str:
     """What the model says next in a conversation about ``image``, greedily."""
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor(
-        images=image, text=text, return_tensors="pt", add_special_tokens=not _starts_itself(processor, text)
-    )
+    inputs = processor(images=image, text=text, return_tensors="pt")
     inputs = inputs.to(model.device, dtype=model.dtype)
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     return str(processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
-
-
-def _starts_itself(processor: Any, text: str) -> bool:
-    """Whether the template already wrote the token that a sequence starts with."""
-    start = processor.tokenizer.bos_token
-    return bool(start) and text.startswith(start)
 
 
 def load_llava(

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from llava_genhancer import run
 from llava_genhancer.errors import InputError
+from llava_genhancer.llava.conversation import stop_token_ids
 from llava_genhancer.llava.model import local, read_config
+from llava_genhancer.llava.tokenizer import load_tokenizer
 from llava_genhancer.tower.export import find_file
 
 SHARD_BYTES = 5_000_000_000
@@ -64,12 +66,20 @@ def vision_config(tower: str) -> dict[str, Any]:
 
 
 def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The language model's own, repaired: sampling parameters without ``do_sample`` cannot be saved by transformers."""
+    """The language model's own, ending where the template ends an answer, and repaired.
+
+    Sampling parameters without ``do_sample`` (Vicuna's temperature) cannot be saved by transformers.
+    """
     path = find_file(local(checkpoint.companions), "generation_config.json")
     config = dict(run.read_json(path)) if path else {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if checkpoint.llm_config.get(name) is not None:
             config.setdefault(name, checkpoint.llm_config[name])
+    end = config.get("eos_token_id")
+    ends = list(end) if isinstance(end, list) else [i for i in [end] if i is not None]
+    stops = stop_token_ids(checkpoint.conversation, load_tokenizer(checkpoint.companions))
+    ends = list(dict.fromkeys([*ends, *stops]))
+    config["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     ignored = () if config.get("do_sample") else SAMPLING
     return {k: v for k, v in config.items() if k not in (*ignored, "transformers_version")}
 

@@ -110,6 +110,47 @@ def test_the_processor_writes_what_training_wrote(tiny_llama, tiny_clip, tmp_pat
     assert got[0] == expected
 
 
+def test_a_byte_level_tokenizer_and_an_end_of_its_own(llava_fields, llava_data, tmp_path) -> None:
+    """Qwen's kind: no begin token, no sentencepiece model, answers end in <|im_end|>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    llm = write_llama(tmp_path / "llm", model_type="qwen2")
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        (llm / name).unlink()
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    words.train_from_iterator([QUESTION], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>").save_pretrained(llm)
+    changes = {"llm": str(llm), "finetune.conversation": "chatml", "finetune.max_steps": 1, "max_length": 400}
+    recipe, folder = train_run(llava_fields, tmp_path / "run", **changes)
+
+    image = words.get_vocab_size()
+    ids = encode_prompt([Turn(f"<image>\n{QUESTION}", None)], "chatml", load_tokenizer(recipe.llm))
+    expected = [x for i in ids for x in ([image] * 16 if i == IMAGE_TOKEN_INDEX else [i])]
+    model, processor = load_llava(folder / "hf")
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
+    text = processor.apply_chat_template([message], add_generation_prompt=True)
+    assert processor(images=picture(llava_data), text=text)["input_ids"][0] == expected
+    assert model.generation_config.eos_token_id == [2, 0]  # <|im_end|> by chance also the configuration's end
+    assert answer(model, processor, picture(llava_data), [message], 4) is not None
+    assert run.read_json(folder / "llava" / "config.json")["model_type"] == "llava_qwen"
+
+
+def test_only_the_hf_form_where_the_original_has_no_class(llava_fields, tmp_path) -> None:
+    llm = write_llama(tmp_path / "llm", model_type="qwen3")
+    recipe, folder = train_run(llava_fields, tmp_path / "run", llm=str(llm), **{"finetune.max_steps": 1})
+    assert (folder / "hf" / "config.json").exists()
+    assert not (folder / "llava").exists()
+    assert finetune(recipe, folder.parent) == folder
+
+
 def test_the_processor_pads_as_training_did(trained, llava_data) -> None:
     recipe, folder = trained
     _, processor = load_llava(folder / "hf")
