@@ -163,7 +163,8 @@ def test_the_plan_says_what_is_missing_and_how_to_get_it(tmp_path, capsys) -> No
         assert words in said, words
     assert not list(tmp_path.iterdir()), "a dry run writes nothing"
     for data in llava_data("vicuna-7b", tmp_path).values():
-        data.images.mkdir(parents=True, exist_ok=True)
+        for folder in data.folders:
+            (data.images / folder).mkdir(parents=True, exist_ok=True)
         data.json.write_text(json.dumps([]))
     with pytest.raises(SystemExit):
         command.main(["vicuna-7b", "--dry_run", "--llava_data", str(tmp_path)])

@@ -129,10 +129,8 @@ def check(choices: Choices) -> None:
             "or LLaVA's JSON), or --tower DIR to use a tower as it is"
         )
     for name, data in llava_data(choices.preset, choices.llava_data).items():
-        if not data.there:
-            raise InputError(
-                f"{data.json} or {data.images} is missing: the plan's step {name} shows the commands to get it"
-            )
+        if missing := data.missing():
+            raise InputError(f"{missing[0]} is missing: the plan's step {name} shows the commands to get it")
     import torch
 
     if not torch.cuda.is_available():

@@ -9,20 +9,25 @@ from pathlib import Path
 from llava_genhancer.llava.recipes import LlavaRecipe
 
 LLAVA_DATA = Path("playground/data")  # where LLaVA's own scripts look
+FINETUNE_IMAGES = (
+    "coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K", "vg/VG_100K_2",
+)  # fmt: skip
 PARAMETERS = {"vicuna-7b": 6_738_415_616, "vicuna-13b": 13_015_864_320}
 
 
 @dataclass(frozen=True)
 class Data:
-    """A JSON of LLaVA's and the root of its image paths, with the commands that fetch them."""
+    """A JSON of LLaVA's and the root of its image paths, with the folders in it and the commands that fetch them."""
 
     json: Path
     images: Path
+    folders: tuple[str, ...] = (".",)
     downloads: tuple[str, ...] = ()
 
-    @property
-    def there(self) -> bool:
-        return self.json.is_file() and self.images.is_dir()
+    def missing(self) -> list[str]:
+        """What of it is not there."""
+        folders = [self.images / folder for folder in self.folders]
+        return [str(self.json)] * (not self.json.is_file()) + [str(f) for f in folders if not f.is_dir()]
 
 
 def llava_data(preset: str, root: Path | None) -> dict[str, Data]:
@@ -38,12 +43,12 @@ def llava_data(preset: str, root: Path | None) -> dict[str, Data]:
         "pretrain": Data(
             pretrain / "blip_laion_cc_sbu_558k.json",
             pretrain / "images",
-            (
+            downloads=(
                 f"hf download liuhaotian/LLaVA-Pretrain --repo-type dataset --local-dir {pretrain}",
                 f"unzip -q {pretrain}/images.zip -d {pretrain}/images",
             ),
         ),
-        "finetune": Data(root / "llava_v1_5_mix665k.json", root, tuple(_finetune_downloads(root))),
+        "finetune": Data(root / "llava_v1_5_mix665k.json", root, FINETUNE_IMAGES, tuple(_finetune_downloads(root))),
     }
 
 
@@ -71,14 +76,16 @@ def needs(step: str, preset: str, llava: LlavaRecipe, data: Mapping[str, Data]) 
     """Lines for the plan: memory, disk, and data that are not there yet with how to get them."""
     if preset == "tiny":
         return []
+    if step.startswith("baseline-"):
+        return [f"needs the same as {step.removeprefix('baseline-')}"]
     if step == "enhance":
-        return ["memory and disk as `llava-genhancer doctor openai-l14-336` predicts them for this machine"]
+        return ["needs memory and disk as `llava-genhancer doctor openai-l14-336` predicts them for this machine"]
     if step not in data:
         return []
     lines = _memory(step, PARAMETERS[preset], llava)
-    if not data[step].there:
-        lines.append(f"{data[step].json} and {data[step].images}, not there yet:")
-        lines += [f"    {command}" for command in data[step].downloads]
+    if missing := data[step].missing():
+        lines.append(f"needs {', '.join(missing)}, not there yet:")
+        lines += [f"  {command}" for command in data[step].downloads]
     return lines
 
 
@@ -86,7 +93,9 @@ def _memory(step: str, parameters: int, llava: LlavaRecipe) -> list[str]:
     """Counted from the parameters, not measured; activations come on top."""
     weights = f"{2 * parameters / 1e9:.0f} GB"
     if step == "pretrain":
-        return [f"{weights} of GPU memory for the frozen bf16 language model, and its activations; a few GB of disk"]
+        return [
+            f"needs {weights} of GPU memory for the frozen bf16 language model, and its activations; a few GB of disk"
+        ]
     if llava.lora_rank:
         return [
             f"{weights} of GPU memory for the frozen bf16 weights, shared by the GPUs under ZeRO-3, and activations"
@@ -94,6 +103,6 @@ def _memory(step: str, parameters: int, llava: LlavaRecipe) -> list[str]:
     # bf16 weights and gradients, fp32 masters and AdamW's two moments; a checkpoint keeps all but the gradients.
     kept = llava.keep_checkpoints + 1
     return [
-        f"{16 * parameters / 1e9:.0f} GB of GPU memory over all GPUs under ZeRO-3, and activations",
-        f"{(14 * kept + 8) * parameters / 1e9:.0f} GB of disk: {kept} checkpoints while one is written, and exports",
+        f"needs {16 * parameters / 1e9:.0f} GB of GPU memory over all GPUs under ZeRO-3, and activations",
+        f"needs {(14 * kept + 8) * parameters / 1e9:.0f} GB of disk for {kept} checkpoints and the exports",
     ]

@@ -35,7 +35,7 @@ def show(steps: Sequence[Step], choices: Choices) -> str:
     lines = [f"{choices.preset}: {', '.join(step.name for step in steps)} -> {choices.run_dir}"]
     for step in steps:
         lines.append(f"\n{step.name}" + ("  (done before)" if step.done_before() else ""))
-        lines += [f"  needs {need}" for need in step.needs]
+        lines += [f"  {need}" for need in step.needs]
         place = f"cd {shlex.quote(str(step.fork))} && " if step.fork else ""
         lines.append(f"  $ {place}{shlex.join(words_of(step, choices))}")
     return "\n".join(lines)

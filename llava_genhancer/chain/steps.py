@@ -110,10 +110,7 @@ def plan(choices: Choices) -> list[Step]:
         steps.append(_measure("questions", words, run_dir, "questions", folders))
         steps.append(_chat(folders[-1], choices))
     steps.append(Step("report", ("report", str(run_dir))))
-    return [
-        replace(step, needs=tuple(needs(step.name.removeprefix("baseline-"), choices.preset, llava, data_of)))
-        for step in steps
-    ]
+    return [replace(step, needs=tuple(needs(step.name, choices.preset, llava, data_of))) for step in steps]
 
 
 def split_fields(fields: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
