@@ -197,10 +197,21 @@ class LlavaLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The state after the last batch given; batches that workers prepared ahead do not count."""
-        return {"given": self._given, "report": self._report.to_dict()}
+        data = self.dataset.samples.fingerprint
+        return {"given": self._given, "data": data, "report": self._report.to_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the batch at which ``state`` was taken."""
+        """Go on after the batch at which ``state`` was taken.
+
+        Raises:
+            InputError: the JSON is another one.
+        """
+        samples = self.dataset.samples
+        if state["data"] != samples.fingerprint:
+            raise InputError(
+                f"data {samples.path} changed since the checkpoint was written, which cannot go on exactly: put the "
+                "old file back, or use a new --output_dir"
+            )
         self._given = state["given"]
         report = state["report"]
         self._report = LlavaReport(**{**report, "keys": [(key, reason) for key, reason in report["keys"]]})

@@ -430,6 +430,16 @@ def test_goes_on_exactly(make_loader: Callable[..., LlavaLoader], tmp_path: Path
     assert whole.report().truncated > 0
 
 
+def test_other_data_is_no_place_to_go_on(
+    make_loader: Callable[..., LlavaLoader], folder: Path, tiny_clip: Path
+) -> None:
+    other = write(folder / "other.json", [*json.loads((folder / "d.json").read_text()), USABLE[4]])
+    dataset = build(read_samples(other, folder / "images"), folder, tiny_clip)
+    loader = LlavaLoader(dataset, Collator(0, TOKENS_PER_IMAGE), batch_size=2)
+    with pytest.raises(InputError, match=r"other\.json changed since the checkpoint"):
+        loader.load_state_dict(make_loader().state_dict())
+
+
 def test_randomness_of_the_training_is_left_alone(make_loader: Callable[..., LlavaLoader]) -> None:
     state = torch.get_rng_state()
     take(make_loader(num_workers=1), 2)
