@@ -92,4 +92,4 @@ for name in ("toyworld:clip", "toyworld:vae", "toyworld:llama"):
     absent = call(python, "-c", code, cwd=empty).split("absent: ")[1:]
     assert {a.strip() for a in absent} == {n for n in NAMES if not any((ROOT / n).glob("*"))}
     script = next(site.glob("llava_genhancer/_resources/scripts/enhance_then_llava.sh"))
-    assert "PRESET" in call("bash", script, "--help", cwd=empty)
+    assert "PRESET" in call("env", f"PYTHON={python}", "bash", script, "--help", cwd=empty)
