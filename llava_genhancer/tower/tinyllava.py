@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llava_genhancer.errors import InputError
 from llava_genhancer.tower.export import is_tower, verify_tower
 from llava_genhancer.tower.processor import build_processor
-from llava_genhancer.tower.tower import VISION_MODELS, load_vision_model, naflex_inputs, read_config
+from llava_genhancer.tower.tower import VISION_MODELS, hidden_state, load_vision_model, naflex_inputs, read_config
 
 
 class FactoryTower(nn.Module):
@@ -62,8 +62,7 @@ class FactoryTower(nn.Module):
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Images (B, 3, H, W) to features (B, N, D) of ``vision_feature_layer`` (default -2)."""
         inputs = naflex_inputs(x, self.config.patch_size) if self.model_type == "siglip2" else (x,)
-        states = self._vision_tower(*inputs, output_hidden_states=True).hidden_states
-        features = states[kwargs.get("vision_feature_layer", -2)]
+        features = hidden_state(self._vision_tower, inputs, kwargs.get("vision_feature_layer", -2))
         patch = kwargs.get("vision_feature_select_strategy", "patch") == "patch"
         return features[:, 1:] if patch and self.model_type == "clip" else features
 

@@ -110,7 +110,7 @@ class VisionTower(nn.Module):
                 f"images of {height} x {width} pixels reached a tower of {self.image_size} x {self.image_size}: "
                 "prepare them with the tower's own image_processor"
             )
-        hidden = self.vision_tower(*inputs, output_hidden_states=True).hidden_states[self.select_layer]
+        hidden = hidden_state(self.vision_tower, inputs, self.select_layer)
         if self.model_type == "clip" and self.select_feature == "patch":
             hidden = hidden[:, 1:]  # SigLIP has no CLS to drop
         return hidden.to(images.dtype)
@@ -179,7 +179,7 @@ def read_config(folder: str) -> tuple[str, Any]:
     try:
         config = AutoConfig.from_pretrained(folder).vision_config
     except (OSError, ValueError, KeyError) as error:
-        hint = "; SigLIP2's NaFlex models need transformers 4.49 or newer" if model_type == "siglip2" else ""
+        hint = "; SigLIP2's NaFlex models need transformers 4.50 or newer" if model_type == "siglip2" else ""
         reason = str(error).splitlines()[0]
         raise InputError(f"{folder}: transformers {__version__} cannot read its config ({reason}){hint}") from None
     if model_type == "siglip2":
@@ -231,6 +231,23 @@ def _same(parameter: nn.Parameter, expected: Tensor) -> bool:
         with deepspeed.zero.GatheredParameters([parameter]):
             return torch.equal(parameter.cpu(), expected.to(parameter.dtype))
     return torch.equal(parameter.cpu(), expected.to(parameter.dtype))
+
+
+def hidden_state(model: Any, inputs: tuple[Tensor, ...], layer: int) -> Tensor:
+    """One of a vision model's hidden states, by its index in transformers' list, before any final norm.
+
+    The last is taken from its layer: transformers 4.57 lists SigLIP's normalised output in its place.
+    """
+    layers = getattr(model, "vision_model", model).encoder.layers
+    last: list[Tensor] = []
+    handle = layers[-1].register_forward_hook(
+        lambda _module, _args, output: last.append(output[0] if isinstance(output, tuple) else output)
+    )
+    try:
+        states = model(*inputs, output_hidden_states=True).hidden_states
+    finally:
+        handle.remove()
+    return last[0] if layer in (-1, len(layers)) else states[layer]
 
 
 def naflex_inputs(pixels: Tensor, patch: int) -> tuple[Tensor, Tensor, Tensor]:
