@@ -113,6 +113,7 @@ class ExactTrainer(Trainer):
         distributed = dist.is_available() and dist.is_initialized() and self.world_size > 1
         self.cpu_group: Any = dist.new_group(backend="gloo") if distributed else None
         self.stop_signal = 0
+        self._runner = _deepspeed_runner()
         self._unchecked: deque[_Loss] = deque()
         self.last_log = (time.monotonic(), 0)
         self.add_callback(Flow(self))
@@ -180,6 +181,8 @@ class ExactTrainer(Trainer):
 
     def agreed_stop(self) -> int:
         """The signal that any rank received, or 0; every rank gets the same answer."""
+        if self._runner is not None and _deepspeed_runner() != self._runner:
+            self._on_signal(signal.SIGTERM, None)
         if self.cpu_group is not None:
             flag = torch.tensor([self.stop_signal])
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.cpu_group)
@@ -341,3 +344,17 @@ class ExactTrainer(Trainer):
 
     def _load_data_position(self, folder: Path) -> None:
         self.loader.load_state_dict(torch.load(folder / f"loader_{self.rank}.pt", weights_only=True))
+
+
+def _deepspeed_runner() -> int | None:
+    """The process of the `deepspeed` command, two above a rank's; None without it.
+
+    On one node it dies of a signal without passing it on, and the ranks would train to the end unattended.
+    """
+    parent = Path(f"/proc/{os.getppid()}")
+    try:
+        if b"deepspeed.launcher.launch" not in (parent / "cmdline").read_bytes():
+            return None
+        return int((parent / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:  # no /proc on this system
+        return None
