@@ -35,6 +35,8 @@ def test_the_whole_chain_and_again(tmp_path: Path, small_world: None, capfd: pyt
     for said in ("## MMVP-VLM", "## Linear probes", "## LLaVA", "| enhanced | finetune | 2 |", "| **average** | 20 |",
                  "(baseline/llava-finetune/manifest.json)"):  # fmt: skip
         assert said in words, said
+    manifest = json.loads((run / "llava-finetune" / "manifest.json").read_text())
+    assert manifest["command"][:4] == ["llava-genhancer", "llava", "finetune", "tiny"]
     measured = json.loads((run / "eval" / "questions.json").read_text())
     assert [m["label"] for m in measured["models"]] == ["original", "enhanced", "blind"]
     for folder in (run, run / "baseline"):

@@ -79,10 +79,13 @@ def _run_step(step: Step, choices: Choices) -> int:
     if step.fork is None and (step.zero is None or not choices.gpus):
         from llava_genhancer.cli import main
 
+        before, sys.argv = sys.argv, ["llava-genhancer", *step.command]  # manifests tell what was called
         try:
             main(step.command)  # in this process: the libraries are loaded once
         except SystemExit as end:
             return int(end.code or 0)
+        finally:
+            sys.argv = before
         return 0
     # DeepSpeed looks for ninja on PATH.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +91,32 @@ def answers(run_dir: Path) -> tuple[list[str], list[str], dict[str, Any]]:
     return [table(header, rows), *notes], lines, facts
 
 
+def commands(run_dir: Path) -> list[str]:
+    """What trains and asks again, as each step was called."""
+    calls = []
+    for path in _manifests(run_dir)[1:]:
+        called = read_json(run_dir / path).get("command")
+        if isinstance(called, list):
+            calls.append(["llava-genhancer", *map(str, called[1:])])
+    if (run_dir / QUESTIONS).is_file():
+        measured = read_json(run_dir / QUESTIONS)
+        models = [m for m in measured["models"] if m["label"] != BLIND]
+        names = [str(m["checkpoint"]) for m in models]
+        labels = [str(m["label"]) for m in models]
+        where = ["--data", str(measured["data"]["path"]), "--output", str(run_dir / QUESTIONS)]
+        calls.append(["llava-genhancer", "questions", *names, "--labels", *labels, *where])
+    return [shlex.join(call) for call in calls]
+
+
 def manifests(run_dir: Path) -> str:
     """Links to the manifests of the run and of each training in it."""
-    folders = [".", *(f"{f}/llava-{s}" for f in TRAININGS.values() for s in ("pretrain", "finetune"))]
-    paths = [(Path(folder) / MANIFEST).as_posix() for folder in folders]
-    return ", ".join(f"[{text(path)}]({path})" for path in paths if (run_dir / path).is_file())
+    return ", ".join(f"[{text(path)}]({path})" for path in _manifests(run_dir) if (run_dir / path).is_file())
+
+
+def _manifests(run_dir: Path) -> list[str]:
+    """The run's own manifest, there or not, and those of its trainings."""
+    paths = [f"{folder}/llava-{step}/{MANIFEST}" for folder in TRAININGS.values() for step in ("pretrain", "finetune")]
+    return [MANIFEST, *(Path(path).as_posix() for path in paths if (run_dir / path).is_file())]
 
 
 def _scores(result: QuestionResult) -> dict[str, dict[str, Any]]:

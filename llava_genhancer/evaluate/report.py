@@ -313,6 +313,7 @@ class _Report:
             towers = [str(t["tower"]) for t in values["towers"]]
             where = ["--data", str(values["benchmark"]["path"]), "--output", str(measured)]
             lines.append(shlex.join(["llava-genhancer", "mmvp-vlm", *towers, *where]))
+        lines += llava_report.commands(self.run_dir)
         lines.append(shlex.join(["llava-genhancer", "report", str(self.run_dir)]))
         said = f"Recipes, versions and seeds: {links}." if (links := llava_report.manifests(self.run_dir)) else ""
         again = block([" ".join(line.split("\n")) for line in lines])

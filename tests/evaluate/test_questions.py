@@ -175,13 +175,16 @@ def test_the_report_shows_each_detail_of_each_model(tmp_path):
         (tmp_path / folder).mkdir(parents=True)
         facts = {"steps": 7, "images_seen": 224, "final_loss": 0.5, "trainable_parameters": 1000, "seconds": 61.0}
         (tmp_path / folder / "result.json").write_text(json.dumps(facts))
-        (tmp_path / folder / "manifest.json").write_text("{}")
+        called = json.dumps({"command": ["/bin/llava-genhancer", "llava", folder]})
+        (tmp_path / folder / "manifest.json").write_text(called)
     words = write_report(tmp_path).read_text()
     for said in (
         "## LLaVA", "| facing | 10 | 25.0 | 30.0 [10.8, 60.3] | 80.0 [49.0, 94.3] | 0.0 [0.0, 27.8] | +50.0 (0.125) |",
         "| **average** | 20 | 25.0 | 60.0", "(figures/questions.png)", "blank image", "not normalised by length",
         "LLaVA with the enhanced tower against the original: +30.0 points", "within noise",
         "| original | finetune | 7 |",
+        "llava-genhancer llava baseline/llava-finetune",
+        "llava-genhancer questions models/original models/enhanced --labels original enhanced --data set",
         "[baseline/llava-finetune/manifest.json](baseline/llava-finetune/manifest.json)",
     ):  # fmt: skip
         assert said in words, said
