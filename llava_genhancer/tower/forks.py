@@ -78,7 +78,13 @@ def _from_config(original: Callable[..., Any], config: Any, *args: Any, kind: st
 
 
 def _from_path(original: Callable[..., Any], model_name_or_path: Any, config: Any) -> Any:
-    """VILA's ``build_vision_tower(path, config)``: loaded at once, in the config's dtype."""
+    """VILA's ``build_vision_tower(path, config)``: loaded at once, in the config's dtype.
+
+    VILA saves the tower with the model, without our marker, and reads it back with its own class.
+
+    Raises:
+        InputError: that class would drop a patch of SigLIP which the model was trained with.
+    """
     import torch
 
     from llava_genhancer.tower.tower import VisionTower
@@ -87,6 +93,11 @@ def _from_path(original: Callable[..., Any], model_name_or_path: Any, config: An
         return original(model_name_or_path, config)
     dtype = getattr(torch, str(config.model_dtype).replace("torch.", ""))
     tower = VisionTower(model_name_or_path, config).to(dtype)
+    if tower.model_type != "clip" and tower.select_feature == "patch":
+        raise InputError(
+            "VILA reads the tower it saved with its own class, which then drops a patch of SigLIP: "
+            "give --mm_vision_select_feature cls_patch"
+        )
     config.mm_hidden_size = tower.hidden_size
     return tower
 

@@ -29,7 +29,8 @@ def build(name: str, path: str, **kwargs: Any) -> Any:
     fork = FORKS[name]
     function = getattr(arch_of(name), fork.function)
     if name == "VILA":
-        return function(path, SimpleNamespace(model_dtype="torch.bfloat16", mm_vision_select_layer=-2))
+        fields = {"mm_vision_select_layer": -2, "mm_vision_select_feature": "cls_patch", **kwargs}
+        return function(path, SimpleNamespace(model_dtype="torch.bfloat16", **fields))
     if name == "TinyLLaVA":
         config = SimpleNamespace(model_name_or_path=path.split(":")[-1], patch_size=8)
         found = function(path)
@@ -85,6 +86,15 @@ def test_everything_else_falls_through(fork: MakeFork, tiny_clip: Path, name: st
     assert any(isinstance(answer, tuple) for answer in before) or name == "VILA"
     register()
     assert answers() == before
+
+
+def test_vila_must_keep_every_patch_of_siglip(towers: dict[str, Path], fork: MakeFork) -> None:
+    """It reads the tower it saved with a class of its own, which would drop one."""
+    fork("VILA")
+    register()
+    with pytest.raises(InputError, match="cls_patch"):
+        build("VILA", str(towers["siglip"]), mm_vision_select_feature="patch")
+    assert build("VILA", str(towers["clip"]), mm_vision_select_feature="patch").num_patches == 16
 
 
 @torch.no_grad()
