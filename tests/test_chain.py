@@ -185,6 +185,26 @@ def test_the_slurm_script_is_for_slurm() -> None:
     assert "start it with sbatch" in done.stderr
 
 
+def test_slurms_machines_become_a_hostfile_that_goes_with_the_job(tmp_path: Path) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames two-nodes" ] && printf "one\\ntwo\\n"\n')
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\nshift 2\necho "$@"\ncat "$4"\nexit 7\n')
+    for program in (scontrol, python):
+        program.chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "two-nodes", "SLURM_SUBMIT_DIR": str(SCRIPT.parent.parent), "SLURM_GPUS_ON_NODE": "4"}
+    environment = {**os.environ, **job, "PYTHON": str(python), "TMPDIR": str(tmp_path)}
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    script = SCRIPT.with_name("slurm_enhance_then_llava.sh")
+    asked = ["bash", str(script), "vicuna-7b", "--dry_run"]
+    done = subprocess.run(asked, env=environment, capture_output=True, text=True)
+    assert done.returncode == 7, "the chain's own status"
+    words, *hosts = done.stdout.splitlines()
+    assert words.split()[:3] == ["vicuna-7b", "--dry_run", "--hostfile"]
+    assert hosts == ["one slots=4", "two slots=4"]
+    assert {p.name for p in tmp_path.iterdir()} == {"scontrol", "python"}, "the hostfile goes with the job"
+
+
 def test_the_script_finds_the_package_and_hands_on_what_it_gets(tmp_path) -> None:
     environment = {**os.environ, "PYTHON": sys.executable}
     asked = ["bash", str(SCRIPT), "tiny", "--dry_run", "--output_dir", str(tmp_path / "a run")]
