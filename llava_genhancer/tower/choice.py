@@ -20,7 +20,7 @@ from typing import Any
 from llava_genhancer.errors import InputError
 from llava_genhancer.tower.export import verify_tower
 
-WORKS, RENAME, REGISTER = "works", "rename", "register"
+WORKS, RENAME, REGISTER = "works", "rename", "register"  # rename: another path or argument is enough
 LAUNCH = "`python -m llava_genhancer.launch TRAINER ...`"
 CLS_PATCH = "give --mm_vision_select_feature cls_patch"
 DROPS_A_PATCH = "drops the first patch of SigLIP, which has no CLS, unless it is told otherwise"
@@ -79,7 +79,7 @@ def fork_choice(fork: str, tower: str) -> Choice:
     if problem == DROPS_A_PATCH:
         return Choice(rule, model_type, chosen, RENAME, problem, f"{CLS_PATCH}; or {register}")
     for pattern in FACTORY_NAMES if rule.function == FACTORY else NEW_NAMES:
-        name = pattern.format(name=Path(tower).name, path=tower)
+        name = pattern.format(name=Path(tower).absolute().name, path=tower)
         left = find_problem(rule, model_type, ask(rule, name, exists=True), name)
         if left is None or left == DROPS_A_PATCH:
             todo = f"give --vision_tower {name}"
