@@ -13,9 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llava_genhancer.chain import fork
+from llava_genhancer.chain.needs import TINY_NEEDS
 from llava_genhancer.chain.steps import Choices, Step
 from llava_genhancer.errors import InputError
 from llava_genhancer.resources import resource_dir
+from llava_genhancer.toyworld.paths import cache_folder
 
 
 def words_of(step: Step, choices: Choices) -> list[str]:
@@ -33,6 +35,8 @@ def words_of(step: Step, choices: Choices) -> list[str]:
 def show(steps: Sequence[Step], choices: Choices) -> str:
     """The plan in words: each step's needs and command."""
     lines = [f"{choices.preset}: {', '.join(step.name for step in steps)} -> {choices.run_dir}"]
+    if choices.preset == "tiny":
+        lines.append(f"needs {TINY_NEEDS} ({cache_folder()})")
     for step in steps:
         lines.append(f"\n{step.name}" + ("  (done before)" if step.done_before() else ""))
         lines += [f"  {need}" for need in step.needs]
