@@ -47,11 +47,16 @@ class Checkpoint:
 
 
 def raw_config(name: str) -> dict[str, Any]:
-    """``config.json`` as it is: what an old reader understands must not be re-written by a new transformers."""
+    """``config.json`` as it is: what an old reader understands must not be re-written by a new transformers.
+
+    Where a new one wrote it, RoPE's base is put where old readers look for it; they would take 10 000 in silence.
+    """
     path = find_file(local(name), "config.json")
     if path is None:
         raise InputError(f"{name} has no config.json")
-    return dict(run.read_json(path))
+    config = dict(run.read_json(path))
+    base = (config.get("rope_parameters") or {}).get("rope_theta")
+    return config if base is None else {"rope_theta": base, **config}
 
 
 def vision_config(tower: str) -> dict[str, Any]:

@@ -77,6 +77,17 @@ def chosen_recipe(name: str | None, config: str | None, fields: Mapping[str, str
     return recipes.override(get_recipe(name), fields)
 
 
+def _with_toy_data(recipe: LlavaRecipe, step: str) -> LlavaRecipe:
+    """`tiny` brings its own data."""
+    if recipe.step(step).data is not None or not recipe.llm.startswith("toyworld:"):
+        return recipe
+    from llava_genhancer.toyworld.writers import prepare
+
+    folder = prepare().llava
+    data = {f"{step}.data": str(folder / f"{step}.json"), f"{step}.image_folder": str(folder / "images")}
+    return recipes.override(recipe, data)
+
+
 def _recipes(args: Any) -> None:
     if args.recipe is None:
         for name in RECIPES:
@@ -93,7 +104,7 @@ def _recipes(args: Any) -> None:
 
 
 def _train(args: Any) -> None:
-    recipe = chosen_recipe(args.recipe, args.config, args.fields)
+    recipe = _with_toy_data(chosen_recipe(args.recipe, args.config, args.fields), args.step)
     from llava_genhancer.llava.train import train_step
 
     folder = train_step(recipe, args.step, args.output_dir, deepspeed=args.deepspeed)

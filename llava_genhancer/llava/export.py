@@ -43,11 +43,11 @@ def export_step(recipe: LlavaRecipe, step: str, folder: Path, output_dir: Path |
     if result is None:
         raise InputError(f"{folder} is not finished: run `llava-genhancer llava {step}` again")
     facts = {"step": step, "weights_sha256": result["weights_sha256"]}
-    writers: dict[str, Callable[[Checkpoint, Path], None]] = {"hf": write_hf, "llava": write_llava}
-    if step == "pretrain":
-        writers = {"llava": write_llava_projector}
-    elif read_config(recipe.llm, "llm").model_type not in ORIGINAL:
-        log.warning("%s: the original LLaVA has no class for this language model; only hf/ is written", recipe.llm)
+    writers: dict[str, Callable[[Checkpoint, Path], None]] = {"llava": write_llava_projector}
+    if step == "finetune":
+        writers = {"hf": write_hf, "llava": write_llava}
+    if read_config(recipe.llm, "llm").model_type not in ORIGINAL:
+        log.warning("%s: the original LLaVA has no class for this language model, so no llava/ is written", recipe.llm)
         del writers["llava"]
     stale = [n for n in writers if run.complete_facts(output_dir / n, verify=False) != facts]
     if stale:

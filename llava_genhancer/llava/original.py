@@ -51,7 +51,7 @@ def write_llava_projector(checkpoint: Checkpoint, folder: Path) -> None:
 def write_llava_config(checkpoint: Checkpoint, folder: Path) -> None:
     """The language model's ``config.json`` with what the original code adds to it."""
     config = checkpoint.llm_config
-    model_type, architecture = ORIGINAL.get(config["model_type"], (config["model_type"], None))
+    model_type, architecture = ORIGINAL[config["model_type"]]
     tower = local(checkpoint.tower)
     vision = vision_config(checkpoint.tower)
     run.write_json(

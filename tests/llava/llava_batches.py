@@ -2,16 +2,19 @@
 
     python llava_batches.py CONFIG.json
 
-CONFIG: recipe fields, output folder, a list of (name, step, DeepSpeed JSON or null, changed fields). The trained
-weights of each go to OUT/<name>.safetensors. Micro-batch m of all is the same for any number of ranks.
+CONFIG: recipe fields, output folder, a list of (name, step, DeepSpeed JSON or null, changed fields, training step after
+which it crashes and is begun anew, or null). The trained weights of each go to OUT/<name>.safetensors. Micro-batch m of
+all is the same for any number of ranks.
 """
 
+import contextlib
 import json
 import os
 import sys
 from pathlib import Path
 
 import torch
+from transformers import TrainerCallback
 
 from llava_genhancer import engine, recipes
 from llava_genhancer.data.loader import SkipReport
@@ -84,8 +87,28 @@ class FixedBatches:
         return SkipReport()
 
 
-def train(fields: dict, step: str, deepspeed: str | None, folder: Path, whole: int | None = None) -> Path:
-    """The weights after a step, trained in this launch; ``whole`` as in :class:`FixedBatches`."""
+class Crash(BaseException):
+    """Stands for kill -9."""
+
+
+class Bomb(TrainerCallback):
+    """Ends training after a step, before anything of it is saved."""
+
+    def __init__(self, at: int):
+        self.at = at
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.at:
+            raise Crash
+
+
+def train(
+    fields: dict, step: str, deepspeed: str | None, folder: Path, whole: int | None = None, crash: int | None = None
+) -> Path:
+    """The weights after a step, trained in this launch.
+
+    ``whole`` as in :class:`FixedBatches`; ``crash`` is the step after which training ends, to be begun anew.
+    """
     recipe = recipes.override(LlavaRecipe(name="test"), fields)
     config = llava_config(recipe)
     args = training_arguments(recipe, step, folder, deepspeed, samples=0)
@@ -101,6 +124,12 @@ def train(fields: dict, step: str, deepspeed: str | None, folder: Path, whole: i
         words=config.text_config.vocab_size,
     )
     trainer = build_trainer(recipe, step, model, args, loader)
+    if crash is not None:
+        trainer.add_callback(Bomb(crash))
+        with contextlib.suppress(Crash):
+            trainer.run()
+        engine.forget()
+        return train(fields, step, deepspeed, folder, whole)
     final = trainer.run()
     assert all(b.dtype == torch.float32 for b in model.buffers() if b.is_floating_point()), "RoPE was rounded"
     trainer.barrier()
@@ -111,8 +140,8 @@ def train(fields: dict, step: str, deepspeed: str | None, folder: Path, whole: i
 def main(config: dict) -> None:
     torch.set_num_threads(1)
     out = Path(config["output"])
-    for name, step, deepspeed, changes in config["runs"]:
-        weights = train({**config["fields"], **changes}, step, deepspeed, out / name)
+    for name, step, deepspeed, changes, crash in config["runs"]:
+        weights = train({**config["fields"], **changes}, step, deepspeed, out / name, crash=crash)
         if int(os.environ.get("RANK", "0")) == 0:
             (out / f"{name}.safetensors").write_bytes(weights.read_bytes())
 

@@ -148,6 +148,7 @@ def test_only_the_hf_form_where_the_original_has_no_class(llava_fields, tmp_path
     recipe, folder = train_run(llava_fields, tmp_path / "run", llm=str(llm), **{"finetune.max_steps": 1})
     assert (folder / "hf" / "config.json").exists()
     assert not (folder / "llava").exists()
+    assert not (folder.parent / "llava-pretrain" / "llava").exists()
     assert finetune(recipe, folder.parent) == folder
 
 
@@ -204,6 +205,7 @@ def test_keys_and_configurations(trained, tiny_clip, tiny_llama) -> None:
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "image_aspect_ratio": "pad",
+        "rope_theta": 500.0,
         "vocab_size": WORDS,
         "torch_dtype": "float32",
     }
