@@ -88,6 +88,15 @@ for name in NAMES:
 for name in ("toyworld:clip", "toyworld:vae", "toyworld:llama"):
     assert list(Path(resolve(name)).glob("*.safetensors")), name
     assert Path(resolve(name)).is_relative_to(package)
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+if find_spec("lmms_eval"):
+    assert "llava_genhancer" in entry_points(group="lmms_eval.models").names
+    import lmms_eval.models
+    from lmms_eval.tasks import TaskManager
+    tasks = TaskManager("ERROR").task_index
+    for name in ("mmvp", "cvbench", "genhancer"):
+        assert Path(tasks[name]["yaml_path"]).is_relative_to(package), tasks[name]
 """
     absent = call(python, "-c", code, cwd=empty).split("absent: ")[1:]
     assert {a.strip() for a in absent} == {n for n in NAMES if not any((ROOT / n).glob("*"))}

@@ -28,8 +28,8 @@ def lmms_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
         patch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        import scripted
         from lmms_eval.models import MODEL_REGISTRY_V2
-        from lmms_eval.models.registry_v2 import ModelManifest
         from lmms_eval.tasks import TaskManager
 
         read, known = TaskManager._get_task_and_group, {}
@@ -42,10 +42,8 @@ def lmms_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
         patch.setattr(TaskManager, "_get_task_and_group", read_once)
 
-        for chat in (False, True):
-            path = "scripted.ScriptedChat" if chat else "scripted.Scripted"
-            paths = {"chat_class_path": path} if chat else {"simple_class_path": path}
-            MODEL_REGISTRY_V2.register_manifest(ModelManifest("scripted_chat" if chat else "scripted", **paths))
+        for manifest in scripted.manifests():
+            MODEL_REGISTRY_V2.register_manifest(manifest)
         yield
 
 

@@ -1,10 +1,21 @@
 """An lmms-eval model that says what a JSON file holds: task to replies, in the documents' order."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+
+
+def manifests() -> list[ModelManifest]:
+    """Another package's plug-in beside ours."""
+    return [
+        ModelManifest("scripted", simple_class_path="scripted.Scripted"),
+        ModelManifest("scripted_chat", chat_class_path="scripted.ScriptedChat"),
+    ]
 
 
 class Scripted(lmms):
@@ -15,6 +26,8 @@ class Scripted(lmms):
 
     def __init__(self, replies: str, **_: Any):
         super().__init__()
+        self.device = torch.device("cpu")
+        self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.replies = json.loads(Path(replies).read_text())
 
     def generate_until(self, requests: list[Any]) -> list[str]:

@@ -99,6 +99,15 @@ def test_naturalbench_as_published(seed: int) -> None:
     )
 
 
+def test_naturalbench_options_by_their_text() -> None:
+    doc = {**hub.NATURALBENCH[5], "Question": "Where to? Option:A:Towards the viewer; B:Away from the viewer;"}
+    for reply in ("Away from the viewer.", "It is away from the viewer", "B: Away from the viewer", "B"):
+        assert score("naturalbench", [doc], [reply])["naturalbench_ACC"] == 1
+    bare = {**doc, "Question": "Where to?"}
+    assert score("naturalbench", [bare], ["B"])["naturalbench_ACC"] == 1
+    assert score("naturalbench", [bare], ["Away"])["naturalbench_unparsed"] == 1
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_cvbench_as_published(seed: int) -> None:
     docs = TASKS["cvbench"]

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hub
 import pytest
 from conftest import score, values
 from packaging.requirements import Requirement
+from test_metrics import TASKS
+from test_metrics import replies as random_replies
 
 from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate import lmms_plugin
@@ -259,16 +260,21 @@ def test_nothing_heavy_for_those_who_do_not_evaluate(tmp_path: Path) -> None:
 
 @pytest.mark.launch
 def test_two_ranks_of_the_real_command(data: Path, tmp_path: Path, lmms_environment: None) -> None:
-    """torchrun with two processes: ten pairs' halves lie on different ranks, and the numbers are those of one."""
-    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", "-m", "lmms_eval"]
-    words += ["--model", "dummy", "--model_args", "response=B", "--tasks", "mmvp,cvbench,naturalbench,hallusionbench"]
+    """torchrun, with another package's plug-in: pairs lie across ranks, and the numbers are those of one."""
+    plugin = tmp_path / "site" / "scripted-1.dist-info"
+    plugin.mkdir(parents=True)
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: scripted\nVersion: 1\n")
+    (plugin / "entry_points.txt").write_text("[lmms_eval.models]\nscripted = scripted:manifests\n")
+    replies = {task: random_replies(TASKS[task], 1) for task in OPTIONS}
+    (tmp_path / "replies.json").write_text(json.dumps(replies))
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "lmms_eval"]
+    words += ["--model", "scripted", "--model_args", f"replies={tmp_path / 'replies.json'}", "--tasks", "genhancer"]
     words += ["--output_path", str(tmp_path / "out"), "--log_samples", "--verbosity", "DEBUG"]
-    done = python(*words, cwd=data, OMP_NUM_THREADS="1")
+    path = os.pathsep.join([str(plugin.parent), str(Path(__file__).parent)])
+    done = python(*words, cwd=data, OMP_NUM_THREADS="1", PYTHONPATH=path)
     assert done.returncode == 0, done.stderr[-3000:]
-    (path,) = (tmp_path / "out").rglob("*_results.json")
-    found = json.loads(path.read_text())
-    for task, docs in (("mmvp", hub.MMVP), ("cvbench", hub.CVBENCH_2D + hub.CVBENCH_3D)):
-        assert values(found, task) == pytest.approx(score(task, docs, ["B"] * len(docs)))
-    assert values(found, "naturalbench")["naturalbench_groups"] == 3
-    assert values(found, "hallusionbench")["hallusionbench_figures"] == 8
+    (results,) = (tmp_path / "out").rglob("*_results.json")
+    found = json.loads(results.read_text())
+    for task in OPTIONS:
+        assert values(found, task) == pytest.approx(score(task, TASKS[task], replies[task]))
     assert done.stderr.count("task mmvp is ours") == 1

@@ -6,6 +6,7 @@ all four right.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,12 @@ def options(doc: Mapping[str, Any]) -> list[str]:
     return ["Yes", "No"] if doc["Question_Type"] == "yes_no" else ["A", "B"]
 
 
+def choices(doc: Mapping[str, Any]) -> list[str]:
+    """The texts of A and B, which stand at the question's end; empty ones, read by letter only, where they do not."""
+    found = re.search(r"\bA\s*[:.)]\s*(.+?)[;,]?\s*\bB\s*[:.)]\s*(.+?)[;.]?\s*$", doc["Question"], re.DOTALL)
+    return [found[1], found[2]] if found else ["", ""]
+
+
 def target(doc: Mapping[str, Any]) -> str:
     return str(doc["Answer"]).strip(" .").capitalize()
 
@@ -39,7 +46,7 @@ def process(doc: Mapping[str, Any], replies: Sequence[str]) -> dict[str, Item]:
         word = yes_or_no(replies[0])
         answer = word and word.capitalize()
     else:
-        answer = choice(replies[0], ["", ""])  # the options' texts are part of the question's
+        answer = choice(replies[0], choices(doc))
     group, place = divmod(int(doc["Index"]), 4)  # question 0 on image 0, on image 1, then question 1
     item = {
         "group": group,
