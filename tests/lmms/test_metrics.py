@@ -12,6 +12,7 @@ import pytest
 from conftest import score
 from datasets import Dataset
 
+from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate.benchmarks import hallusionbench
 from llava_genhancer.evaluate.benchmarks.items import mean
 
@@ -227,6 +228,14 @@ def test_incomplete_groups_do_not_count() -> None:
     assert found["hallusionbench_average"] is None
     found = score("hallusionbench", figure, ["No", "Yes"])
     assert (found["hallusionbench_figures"], found["hallusionbench_questions"]) == (1, 0)
+
+
+def test_parts_that_no_column_is_for() -> None:
+    """Said, not left out of every number."""
+    with pytest.raises(InputError, match="category 'easy'"):
+        score("pope", [{**hub.POPE[0], "category": "easy"}], ["Yes"])
+    with pytest.raises(InputError, match="source 'SUN'"):
+        score("cvbench", [{**hub.CVBENCH_2D[0], "source": "SUN"}], ["A"])
 
 
 def test_mean_needs_every_part() -> None:

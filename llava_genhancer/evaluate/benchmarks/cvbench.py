@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate.answers import LETTERS, choice
 from llava_genhancer.evaluate.benchmarks.items import Item, accuracy, mean, rgb
 
@@ -35,6 +36,8 @@ def target(doc: Mapping[str, Any]) -> str:
 def process(doc: Mapping[str, Any], replies: Sequence[str]) -> dict[str, Item]:
     answer = choice(replies[0], doc["choices"])
     part = "3D" if doc["type"] == "3D" else doc["source"]
+    if part not in PARTS:
+        raise InputError(f"CV-Bench question {doc['idx']}: source {part!r} is none of {', '.join(PARTS)}")
     item = {"part": part, "answer": answer, "right": answer == target(doc)}
     return dict.fromkeys((PARTS[part], f"{PARTS[part]}_n", *COMMON), item)
 

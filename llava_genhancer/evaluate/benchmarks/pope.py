@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate.answers import yes_or_no
 from llava_genhancer.evaluate.benchmarks.items import Item, rgb, share
 
@@ -36,8 +37,13 @@ def target(doc: Mapping[str, Any]) -> str:
 def process(doc: Mapping[str, Any], replies: Sequence[str]) -> dict[str, Item]:
     answer, truth = yes_or_no(replies[0]), target(doc)
     item = {"answer": answer, "truth": truth, "right": answer == truth}
+    category = str(doc["category"]).lower()
+    if category not in CATEGORIES:
+        raise InputError(
+            f"POPE question {doc['question_id']}: category {category!r} is none of {', '.join(CATEGORIES)}"
+        )
     everywhere = (f"pope_{name}" for name in (*MEASURES, "n", "unparsed"))
-    within = (f"pope_{doc['category']}_{name}" for name in (*MEASURES, "n"))
+    within = (f"pope_{category}_{name}" for name in (*MEASURES, "n"))
     return dict.fromkeys((*everywhere, *within), item)
 
 
