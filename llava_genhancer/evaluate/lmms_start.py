@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from llava_genhancer.errors import InputError
+from llava_genhancer.errors import InputError, reason
 
 RUN_VARIABLE = "LLAVA_GENHANCER_RUN"
 # Where a checkpoint lies below what a user names: a checkpoint, a finetuning, a whole run.
@@ -37,9 +38,16 @@ def checkpoint_folder(pretrained: str | None) -> Path:
 
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
-    """Around a model's construction: an InputError becomes one line on stderr and status 2, past lmms-eval's net."""
+    """Around a model's work: what goes wrong ends the process, past lmms-eval's net.
+
+    An InputError becomes one line on stderr and status 2; anything else keeps its traceback, with status 1.
+    """
     try:
         yield
     except InputError as error:
         print(f"llava_genhancer: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except Exception as error:
+        traceback.print_exc()
+        print(f"llava_genhancer: {reason(error)}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None

@@ -25,7 +25,15 @@ OPTIONS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
 }
 
 
+def has_options(task: str) -> bool:
+    """Whether a task is in the table; any other can only be generated."""
+    return _plain(task) in OPTIONS
+
+
 def options_of(task: str, doc: Mapping[str, Any]) -> list[str] | None:
-    """The options of a document, or None for a task that is not in the table (such a task can only be generated)."""
-    find = OPTIONS.get(task.removeprefix(OURS).removeprefix(UPSTREAM))
-    return None if find is None else find(doc)
+    """The options of a document, or None for a task that is not in the table."""
+    return OPTIONS[_plain(task)](doc) if has_options(task) else None
+
+
+def _plain(task: str) -> str:
+    return task.removeprefix(OURS).removeprefix(UPSTREAM)

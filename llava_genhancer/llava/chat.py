@@ -14,7 +14,9 @@ from PIL import Image
 from llava_genhancer import run
 from llava_genhancer.data.decode import BadImage, decode
 from llava_genhancer.errors import InputError
+from llava_genhancer.llava.dataset import load_image_processor
 from llava_genhancer.llava.hf import hf_state, write_hf_companions
+from llava_genhancer.llava.model import load_tower, local
 from llava_genhancer.llava.original import read_llava
 
 
@@ -76,12 +78,20 @@ def answer(
 
 
 def load_llava(
-    checkpoint: str | os.PathLike, *, device: str | None = None, tower: str | None = None
+    checkpoint: str | os.PathLike,
+    *,
+    device: str | None = None,
+    tower: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Any, Any]:
     """A checkpoint of either form as transformers' model and processor.
 
+    Args:
+        tower: a vision tower to see with instead of the checkpoint's own.
+        dtype: of the weights; as they are stored if absent.
+
     Raises:
-        InputError: not a LLaVA, or weights missing.
+        InputError: not a LLaVA, weights missing, or a tower of another shape.
     """
     from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
@@ -92,9 +102,11 @@ def load_llava(
     try:
         if run.read_json(folder / "config.json").get("model_type") == "llava" and any(folder.glob("processor*.json")):
             model, info = LlavaForConditionalGeneration.from_pretrained(
-                folder, dtype="auto", output_loading_info=True, use_safetensors=True
+                folder, dtype=dtype or "auto", output_loading_info=True, use_safetensors=True
             )
             processor = AutoProcessor.from_pretrained(folder)
+            if tower:
+                put_tower(model, processor, tower)
         else:
             original = read_llava(folder, tower=tower)
             with tempfile.TemporaryDirectory() as small_files:
@@ -103,7 +115,7 @@ def load_llava(
                     None,
                     config=LlavaConfig.from_pretrained(small_files),
                     state_dict=hf_state(original, rows),
-                    dtype=original.dtype,
+                    dtype=dtype or original.dtype,
                     output_loading_info=True,
                 )
                 processor = AutoProcessor.from_pretrained(small_files)
@@ -114,3 +126,18 @@ def load_llava(
     if info["missing_keys"]:
         raise InputError(f"{checkpoint}: weights are missing (first: {sorted(info['missing_keys'])[0]})")
     return model.to(device).eval(), processor
+
+
+def put_tower(model: Any, processor: Any, tower: str) -> None:
+    """Let a LLaVA see with another vision tower of the same shape.
+
+    Raises:
+        InputError: the tower cannot be loaded, or has another shape.
+    """
+    other = load_tower(tower, model.dtype)
+    try:
+        model.model.vision_tower.load_state_dict(other.state_dict())
+    except RuntimeError:
+        raise InputError(f"tower {tower} has not the shape of the tower that this LLaVA was trained with") from None
+    images = load_image_processor(local(tower))
+    processor.image_processor.image_mean, processor.image_processor.image_std = images.image_mean, images.image_std
