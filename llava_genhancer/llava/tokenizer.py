@@ -34,50 +34,60 @@ def save_hf_tokenizer(source: str, folder: Path, template: Template) -> int:
     Raises:
         InputError: no tokenizer there.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer
 
     path = local(source)
-    files = {name: found for name in TOKENIZER_FILES if (found := find_file(path, name))}
-    for name, found in files.items():
-        shutil.copyfile(found, folder / name)
-    if "tokenizer.model" in files:
-        tokenizer = fast_llama_tokenizer(files["tokenizer.model"], added=added_tokens(path))
-        if not is_legacy(files.get("tokenizer_config.json")):
-            # A processor gets the whole text at once; trained was a word boundary at its start and after each image,
-            # none after the end of an answer.
-            later = template.later.replace("{bos}", "")
-            tokenizer.normalizer = normalizers.Sequence(
-                [
-                    normalizers.Prepend("▁"),
-                    normalizers.Replace(Regex(rf"\A▁(?={re.escape(later) or '$^'})"), ""),
-                    normalizers.Replace(" ", "▁"),
-                ]
-            )
-            if later and template.first.startswith(later):  # transformers 4.37.2 cannot read this one
-                tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    elif "tokenizer.json" in files:
-        tokenizer = Tokenizer.from_file(files["tokenizer.json"])
+    for name in TOKENIZER_FILES:
+        if found := find_file(path, name):
+            shutil.copyfile(found, folder / name)
+    settings = read_settings(path)
+    model_file = sentencepiece_model(path, settings)
+    tokenizer: Any
+    if model_file is None:
+        tokenizer = Tokenizer.from_str(load_tokenizer(source).backend_tokenizer.to_str())
     else:
-        raise InputError(f"llm {source} has no tokenizer: its folder needs tokenizer.model or tokenizer.json")
+        tokenizer = fast_llama_tokenizer(model_file, added=added_tokens(path))
+        if settings.get("legacy") is False:
+            _separate_turns(tokenizer, template)
+    named = {i: t for i, t in enumerate(("<unk>", "<s>", "</s>"))} if model_file else {}
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
+    image_id: int = tokenizer.token_to_id(IMAGE_TOKEN)
     state = json.loads(tokenizer.to_str())
     if state["model"]["type"] == "BPE":  # old readers take merges as "a b" only, new ones both ways
         state["model"]["merges"] = [m if isinstance(m, str) else " ".join(m) for m in state["model"]["merges"]]
     run.write_json(folder / "tokenizer.json", state)
-    image_id = int(tokenizer.token_to_id(IMAGE_TOKEN))
 
-    settings = json.loads(Path(files["tokenizer_config.json"]).read_text()) if "tokenizer_config.json" in files else {}
-    if "tokenizer.model" in files:
-        settings |= {"tokenizer_class": "LlamaTokenizer"}
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    decoder: dict[str, Any] = settings.setdefault("added_tokens_decoder", {})
-    for token in ("<unk>", "<s>", "</s>") if "tokenizer.model" in files else ():
-        decoder.setdefault(str(tokenizer.token_to_id(token)), {"content": token, **flags})
-    decoder[str(image_id)] = {"content": IMAGE_TOKEN, **flags}
-    settings |= {"image_token": IMAGE_TOKEN, "padding_side": "left", "processor_class": "LlavaProcessor"}
-    settings.setdefault("pad_token", "<unk>" if "tokenizer.model" in files else settings.get("eos_token"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    decoder = {str(i): {"content": token, **flags} for i, token in {**named, image_id: IMAGE_TOKEN}.items()}
+    settings.pop("chat_template", None)  # the language model's own; the processor has ours
+    run.write_json(
+        folder / "tokenizer_config.json",
+        {
+            **settings,
+            "added_tokens_decoder": {**decoder, **settings.get("added_tokens_decoder", {})},
+            "pad_token": settings.get("pad_token") or named.get(0) or settings.get("eos_token"),
+            "image_token": IMAGE_TOKEN,
+            "padding_side": "left",
+            "processor_class": "LlavaProcessor",
+        },
+    )
     return image_id
+
+
+def _separate_turns(tokenizer: Any, template: Template) -> None:
+    """Make a legacy tokenizer write a whole text as a non-legacy one wrote its pieces in training.
+
+    There a word boundary stands at the start and after each image, and none after the end of an answer.
+    """
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
+    later = template.later.replace("{bos}", "")
+    if not later:
+        return
+    answered = normalizers.Replace(Regex(rf"\A▁(?={re.escape(later)})"), "")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), answered, normalizers.Replace(" ", "▁")])
+    if template.first.startswith(later):  # transformers 4.37.2 cannot read this one
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
 
 
 def load_tokenizer(source: str) -> Any:
@@ -89,11 +99,10 @@ def load_tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = local(source)
-    files = {name: found for name in ("tokenizer.model", "tokenizer_config.json") if (found := find_file(path, name))}
-    settings = run.read_json(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
-    if "tokenizer.model" in files and settings.get("tokenizer_class", "").startswith("Llama"):
-        legacy = is_legacy(files["tokenizer_config.json"])
-        tokenizer = fast_llama_tokenizer(files["tokenizer.model"], legacy=legacy, added=added_tokens(path))
+    settings = read_settings(path)
+    if model_file := sentencepiece_model(path, settings):
+        legacy = settings.get("legacy") is not False
+        tokenizer = fast_llama_tokenizer(model_file, legacy=legacy, added=added_tokens(path))
         named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
         named |= {name: settings[name] for name in named if settings.get(name)}
         named = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
@@ -107,9 +116,15 @@ def load_tokenizer(source: str) -> Any:
     return tokenizer
 
 
-def is_legacy(config_file: str | None) -> bool:
-    """Whether Llama's slow tokenizer puts a word boundary after every special token; Vicuna 1.5's does not."""
-    return config_file is None or run.read_json(config_file).get("legacy") is not False
+def read_settings(path: str) -> dict[str, Any]:
+    """A folder's ``tokenizer_config.json``, empty if it has none."""
+    file = find_file(path, "tokenizer_config.json")
+    return dict(run.read_json(file)) if file else {}
+
+
+def sentencepiece_model(path: str, settings: dict[str, Any]) -> str | None:
+    """The model file of a tokenizer of Llama's kind (``legacy`` False: Vicuna 1.5's), None for all others."""
+    return find_file(path, "tokenizer.model") if settings.get("tokenizer_class", "").startswith("Llama") else None
 
 
 def added_tokens(path: str) -> dict[str, int]:

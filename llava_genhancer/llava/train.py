@@ -132,7 +132,6 @@ def _train(recipe: LlavaRecipe, step: str, folder: Path, projector: Path | None,
     table = recipe.step(step)
     started = time.time()
     assert table.data is not None  # _check refuses that
-    assert table.data is not None
     samples = read_samples(table.data, table.image_folder)
     args = training_arguments(recipe, step, folder, deepspeed, len(samples))
     loader = build_loader(recipe, table, samples, rank=args.process_index, world_size=args.world_size)
@@ -140,7 +139,7 @@ def _train(recipe: LlavaRecipe, step: str, folder: Path, projector: Path | None,
         model = build_llava(recipe, step, bf16_everywhere=deepspeed is not None and recipe.precision == "bf16")
     if projector is not None:
         engine.load_trained(model, projector)
-    trainer = build_trainer(recipe, step, model, args, loader)
+    trainer = build_trainer(recipe, step, model, args, loader, data=samples.fingerprint)
     final = trainer.run()
     engine.finish_stage(trainer, final, time.time() - started, step=step)
     trainer.accelerator.free_memory()
@@ -148,8 +147,10 @@ def _train(recipe: LlavaRecipe, step: str, folder: Path, projector: Path | None,
     engine.forget()
 
 
-def build_trainer(recipe: LlavaRecipe, step: str, model: Llava, args: TrainingArguments, loader: Any) -> LlavaTrainer:
-    """The trainer of a step, gradient checkpointing set up."""
+def build_trainer(
+    recipe: LlavaRecipe, step: str, model: Llava, args: TrainingArguments, loader: Any, **facts: Any
+) -> LlavaTrainer:
+    """The trainer of a step, gradient checkpointing set up; ``facts`` too must be equal on resume."""
     table = recipe.step(step)
     if recipe.gradient_checkpointing:
         # ZeRO-3's weights change their shape between the two forward passes, which only the reentrant kind accepts.
@@ -168,6 +169,7 @@ def build_trainer(recipe: LlavaRecipe, step: str, model: Llava, args: TrainingAr
             "world_size": args.world_size,
             "per_device_batch_size": table.per_device_batch_size,
             "deepspeed_stage": engine.zero_stage(args),
+            **facts,
         },
     )
 

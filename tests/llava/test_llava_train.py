@@ -131,6 +131,21 @@ def test_crash_and_resume_is_bit_identical(finished, llava_fields, tmp_path, mon
     assert results(run_dir) == results(finished)
 
 
+def test_other_data_cannot_be_gone_on_with(llava_fields, llava_data, tmp_path, monkeypatch) -> None:
+    """A file may move; its content is what the order of samples was drawn from."""
+    with monkeypatch.context() as patch:
+        crash_at(patch, "pretrain", 4)
+        with pytest.raises(Crash):
+            pretrain(recipe_from(llava_fields), tmp_path / "run")
+    samples = json.loads(llava_data["pretrain"].read_text())
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(samples[1:]))
+    with pytest.raises(InputError, match="cannot be resumed exactly: data was"):
+        pretrain(recipe_from(llava_fields, **{"pretrain.data": str(other)}), tmp_path / "run")
+    other.write_bytes(llava_data["pretrain"].read_bytes())
+    pretrain(recipe_from(llava_fields, **{"pretrain.data": str(other)}), tmp_path / "run")
+
+
 def test_a_finished_run_is_left_alone(finished, llava_fields, monkeypatch) -> None:
     before = {
         p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.suffix in (".bin", ".safetensors")
