@@ -33,7 +33,7 @@ PYTHON = (3, 11)
 # The lower bounds of pyproject.toml's base and [train]; a test holds them together.
 REQUIRED = {
     "torch": "2.8", "torchvision": "", "transformers": "5.20", "accelerate": "1.12", "diffusers": "0.36",
-    "peft": "0.18", "safetensors": "0.4", "pillow": "9", "webdataset": "1.0", "torchdata": "0.11",
+    "peft": "0.18", "safetensors": "0.4", "pillow": "9", "braceexpand": "0.1.7", "torchdata": "0.11",
     "tensorboard": "2.18", "matplotlib": "3.9",
 }  # fmt: skip
 SOMETIMES = {"deepspeed": "0.18", "datasets": "4.0", "sentencepiece": "0.2"}

@@ -152,7 +152,7 @@ def rotate_checkpoints(stage_dir: str | os.PathLike, keep: int) -> None:
 def versions() -> dict[str, str]:
     """Versions of what a result depends on; packages that are not installed are left out."""
     found = {"llava_genhancer": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "accelerate", "deepspeed", "diffusers", "peft", "torchdata", "webdataset"):
+    for package in ("torch", "transformers", "accelerate", "deepspeed", "diffusers", "peft", "torchdata"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
@@ -251,6 +251,7 @@ def exclusive(run_dir: str | os.PathLike) -> Iterator[None]:
         handle = open(run_dir / ".lock", "a+")  # noqa: SIM115 - held open for the lock's lifetime
     except OSError as error:
         raise InputError(f"{run_dir} cannot be created or written: {error.strerror or error}") from None
+    os.register_at_fork(after_in_child=handle.close)  # else a data worker that outlives a kill keeps the lock
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

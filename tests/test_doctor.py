@@ -210,7 +210,7 @@ def test_run_folder(tmp_path: Path) -> None:
 
 def test_base_install_is_enough() -> None:
     """Without the training packages the doctor lists them all and ends with status 1."""
-    heavy = ["torchvision", "accelerate", "diffusers", "peft", "webdataset", "torchdata", "tensorboard", "matplotlib"]
+    heavy = ["torchvision", "accelerate", "diffusers", "peft", "torchdata", "tensorboard", "matplotlib"]
     code = f"""
 import sys, importlib.metadata as metadata, importlib.util as util
 heavy = {heavy!r}

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -274,6 +275,21 @@ def test_the_lock_binds_other_processes_and_goes_with_its_holder(tmp_path) -> No
             time.sleep(0.1)
     else:
         pytest.fail("a killed process still holds the folder")
+
+
+def test_a_forked_worker_does_not_hold_the_lock(tmp_path) -> None:
+    worker = None
+    with run.exclusive(tmp_path):
+        worker = os.fork()
+        if not worker:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with run.exclusive(tmp_path):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
 
 
 def test_the_lock_is_given_back_after_an_error(tmp_path) -> None:

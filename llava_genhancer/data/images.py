@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import tarfile
@@ -104,6 +105,19 @@ class IndexedSource:
 
 
 Source = ShardSource | IndexedSource
+
+
+def fingerprint(source: Source) -> str:
+    """What a source is known by wherever it lies: names and sizes of its shards, or its length and some of its keys.
+
+    A training that goes on must find the order that it left.
+    """
+    if isinstance(source, ShardSource):
+        parts = [f"{os.path.basename(path)} {os.path.getsize(path)}" for path in source.shards]
+    else:
+        step = max(1, len(source) // 32)
+        parts = [str(len(source)), *(source.get(i).key for i in range(0, len(source), step))]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def _first(samples: Iterator[RawSample], count: int) -> list[tuple[str, Image.Image]]:

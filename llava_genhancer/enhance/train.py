@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
 from llava_genhancer import engine, run
-from llava_genhancer.data.images import Source, open_source
+from llava_genhancer.data.images import Source, fingerprint, open_source
 from llava_genhancer.data.loader import build_loader, check_readers
 from llava_genhancer.data.views import TrainView
 from llava_genhancer.enhance.backbones import check_backbone
@@ -121,6 +121,7 @@ def train_stage(recipe: Recipe, stage: int, run_dir: Path, source: Source, deeps
             "num_workers": recipe.num_workers,
             "per_device_batch_size": recipe.per_device_batch_size,
             "deepspeed_stage": engine.zero_stage(args),
+            "data": fingerprint(source),
         },
         snapshot_steps=table.snapshot_steps,
         decay_all=recipe.decay_biases_and_norms,

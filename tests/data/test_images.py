@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from packing import encoded, picture, write_shards, write_tar
 from PIL import Image
 
 from llava_genhancer.data.decode import BadImage
-from llava_genhancer.data.images import IndexedSource, ShardSource, open_source
+from llava_genhancer.data.images import IndexedSource, ShardSource, fingerprint, open_source
 from llava_genhancer.errors import InputError
 
 
@@ -340,3 +341,20 @@ def test_an_unreadable_shard_is_named_before_anything_starts(tmp_path, monkeypat
     monkeypatch.setattr(os, "access", lambda path, mode: path != str(paths[1]))
     with pytest.raises(InputError, match=r"00001.tar may not be read"):
         open_source(str(tmp_path))
+
+
+def test_a_source_is_known_wherever_it_lies(tmp_path, shards) -> None:
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for shard in shards:
+        shutil.copy(shard, moved)
+    known = fingerprint(open_source(str(shards[0].parent)))
+    assert fingerprint(open_source(str(moved))) == known
+    assert fingerprint(open_source(str(shards[0]))) != known
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (9, 9)).save(moved / name)
+    (moved / "images").mkdir()
+    Image.new("RGB", (9, 9)).save(moved / "images" / "a.png")
+    one = fingerprint(open_source(str(moved / "images")))
+    Image.new("RGB", (9, 9)).save(moved / "images" / "b.png")
+    assert fingerprint(open_source(str(moved / "images"))) != one

@@ -181,6 +181,18 @@ def test_other_workers_are_refused(tiny_fields, tmp_path, monkeypatch) -> None:
         enhance(recipe_from(tiny_fields, num_workers=2), tmp_path / "run")
 
 
+def test_other_images_are_refused(tiny_fields, images_folder, tmp_path, monkeypatch) -> None:
+    others = tmp_path / "others"
+    shutil.copytree(images_folder, others)
+    with monkeypatch.context() as patch:
+        crash_at(patch, "stage1", 6)
+        with pytest.raises(Crash):
+            enhance(recipe_from(tiny_fields, data=str(others)), tmp_path / "run")
+    next(others.iterdir()).unlink()
+    with pytest.raises(InputError, match="cannot be resumed exactly: data was"):
+        enhance(recipe_from(tiny_fields, data=str(others)), tmp_path / "run")
+
+
 def test_nan_stops_the_run_and_names_the_batch(tiny_fields, tmp_path, monkeypatch) -> None:
     original, calls, seen = EnhanceTrainer.compute_loss, iter(range(10_000)), []
 
