@@ -230,14 +230,14 @@ def tiny() -> Recipe:
         num_workers=1,
         precision="fp32",
         lora_rank=16,
-        stage1=StageRecipe(learning_rate=1e-3, max_steps=600, warmup_steps=20, save_steps=200, sample_steps=100),
+        stage1=StageRecipe(learning_rate=1e-3, max_steps=1_000, warmup_steps=20, save_steps=250, sample_steps=250),
         stage2=StageRecipe(
             trains=("backbone",),
-            learning_rate=1e-4,
-            max_steps=200,
+            learning_rate=1e-3,
+            max_steps=400,
             save_steps=100,
-            sample_steps=50,
-            snapshot_steps=(50, 100, 150, 200),
+            sample_steps=100,
+            snapshot_steps=(50, 100, 200, 400),
         ),
     )
 
