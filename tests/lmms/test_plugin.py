@@ -20,7 +20,7 @@ from test_metrics import replies as random_replies
 
 from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate import lmms_plugin
-from llava_genhancer.evaluate.lmms_start import RUN_VARIABLE, checkpoint_folder, refusing
+from llava_genhancer.evaluate.lmms_start import RUN_VARIABLE, checkpoint_folder
 from llava_genhancer.evaluate.options import OPTIONS
 from llava_genhancer.resources import resource_dir
 
@@ -219,22 +219,8 @@ def test_the_bare_command_ends_with_one_line(
     lmms_environment: None, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No --model: lmms-eval asks for ``hf``, which is our class; without a run it says so and the status is 2."""
-    from lmms_eval.api.model import lmms as base
     from lmms_eval.cli import dispatch
 
-    class LlavaGenhancer(base):
-        is_simple = True
-
-        def __init__(self, pretrained: str = "", **_: Any):
-            super().__init__()
-            with refusing():
-                checkpoint_folder(pretrained)
-
-        loglikelihood = generate_until = generate_until_multi_round = lambda self, requests: []
-
-    module = types.ModuleType("llava_genhancer.evaluate.lmms_model")
-    module.LlavaGenhancer = LlavaGenhancer  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.delenv(RUN_VARIABLE, raising=False)
     monkeypatch.chdir(data)
     monkeypatch.setattr(sys, "argv", ["lmms-eval", "--tasks", "mmvp,cvbench"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,3 +142,16 @@ def test_local_copies_by_path(lmms: Lmms, data: Path, tmp_path: Path, monkeypatc
     with pytest.raises(SystemExit) as stopped:
         lmms("scienceqa_img", "A")
     assert stopped.value.code == 2
+
+
+def test_the_page_names_every_metric_and_task() -> None:
+    """eval/README.md: tasks in full; metrics in full or, after the first of a task, by their ending."""
+    page = (resource_dir("eval") / "README.md").read_text()
+    for task in OPTIONS:
+        config = config_of(task)
+        assert f"| `{task}` |" in page
+        assert f"`{config['dataset_path']}`" in page or task == "mmvp_original_labels"
+        prefix = {"scienceqa_img": "scienceqa", "mmvp_original_labels": "mmvp"}.get(task, task)
+        for name in (entry["metric"] for entry in config["metric_list"]):
+            ending = re.sub("_(random|popular|adversarial)_", "_", name).removeprefix(prefix)
+            assert name in page or f"`{ending}`" in page or ending.endswith(("_n", "_unparsed")), name
