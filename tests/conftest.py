@@ -88,3 +88,11 @@ def tiny_fields(tiny_clip: Path, tiny_vae: Path, images_folder: Path) -> dict[st
         "stage2.log_steps": 2,
         "stage2.snapshot_steps": "4",
     }
+
+
+@pytest.fixture(scope="session")
+def llava_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaVA's ``hf/`` and ``llava/``, as a run's ``llava-finetune`` holds them."""
+    from small_llava import write_llava_folders
+
+    return write_llava_folders(tmp_path_factory.mktemp("run") / "llava-finetune")

@@ -23,7 +23,7 @@ from llava_genhancer.evaluate.lmms_start import checkpoint_folder, refusing
 from llava_genhancer.evaluate.options import has_options, options_of
 from llava_genhancer.evaluate.respondent import Ask, Respondent, Score
 from llava_genhancer.llava.chat import load_llava
-from llava_genhancer.llava.conversation import IMAGE, TEMPLATES, chat_template, check_template
+from llava_genhancer.llava.conversation import TEMPLATES, chat_template, check_template
 from llava_genhancer.llava.tokenizer import load_tokenizer
 
 ANSWERS = ("likelihood", "generate")
@@ -185,15 +185,12 @@ class LlavaGenhancer(lmms):
 
 
 def ask(text: str, visuals: Sequence[Any] | None) -> Ask:
-    """A task's prompt and images; the images come first unless the prompt has a place for each.
+    """A task's prompt and what it shows.
 
     Raises:
         InputError: an image cannot be read.
     """
-    images = [_picture(visual) for visual in visuals or () if visual is not None]
-    if text.count(IMAGE) != len(images):
-        text = f"{IMAGE}\n" * len(images) + text.replace(IMAGE, "")
-    return Ask(text, images)
+    return Ask.about(text, [_picture(visual) for visual in visuals or () if visual is not None])
 
 
 def _picture(visual: Any) -> Image.Image:

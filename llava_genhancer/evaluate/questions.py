@@ -1,9 +1,6 @@
-"""Does a LLaVA know the answer? Questions with known options, judged by likelihood: nothing is sampled or parsed.
+"""Does a LLaVA know the answer? Questions with known options: the likeliest is the model's answer.
 
-An option is put where the assistant would answer, exactly as in training, and scored by the sum of its tokens'
-log-probabilities, end token included. The option with the highest score is the model's answer.
-
-Legend: B rows, a question with one of its options each; L tokens, V vocabulary, N images.
+Nothing is sampled or parsed, and nothing is normalised by length.
 """
 
 from __future__ import annotations
@@ -13,17 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
 from llava_genhancer.data.decode import BadImage, decode
 from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate.mmvp_vlm import short_labels
 from llava_genhancer.evaluate.question_results import BLIND, Answer, QuestionResult, save_results
+from llava_genhancer.evaluate.respondent import Ask, Respondent
 from llava_genhancer.evaluate.words import p_value, percent
-from llava_genhancer.llava.conversation import IGNORE_INDEX, IMAGE, IMAGE_TOKEN_INDEX, Encoded, Turn, encode
 from llava_genhancer.run import read_json, sha256
 
 FILE = "questions.json"
@@ -71,42 +65,6 @@ def load_questions(folder: str | Path) -> list[Question]:
     return questions
 
 
-def option_rows(question: Question, template: str, tokenizer: Any, image_id: int, image_tokens: int) -> list[Encoded]:
-    """One row per option: ids with ``image_tokens`` times ``image_id`` for the image, labels where the answer is."""
-    rows = []
-    for option in question.options:
-        encoded = encode([Turn(f"{IMAGE}\n{question.question}", option)], template, tokenizer)
-        place = encoded.input_ids.index(IMAGE_TOKEN_INDEX)
-        for values, fill in ((encoded.input_ids, image_id), (encoded.labels, IGNORE_INDEX)):
-            values[place : place + 1] = [fill] * image_tokens
-        rows.append(encoded)
-    return rows
-
-
-def pad(rows: Sequence[Encoded]) -> dict[str, Tensor]:
-    """``input_ids``, ``labels`` and ``attention_mask`` (B, L), padded on the right."""
-    length = max(len(row.input_ids) for row in rows)
-
-    def filled(lists: Sequence[list[int]], value: int) -> Tensor:
-        return torch.tensor([x + [value] * (length - len(x)) for x in lists])
-
-    return {
-        "input_ids": filled([row.input_ids for row in rows], 0),
-        "labels": filled([row.labels for row in rows], IGNORE_INDEX),
-        "attention_mask": filled([[1] * len(row.input_ids) for row in rows], 0),
-    }
-
-
-def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the labelled tokens' log-probabilities (B,), from ``logits`` (B, L, V) that predict the next token."""
-    targets = labels[:, 1:]
-    losses = F.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none"
-    )
-    return -losses.sum(1)
-
-
-@torch.inference_mode()
 def answer_questions(
     model: Any,
     processor: Any,
@@ -122,31 +80,18 @@ def answer_questions(
         model, processor: from :func:`llava_genhancer.llava.chat.load_llava`.
         template: name of the conversation template that the model was trained with.
         blank: show an image of the mean colour instead of the question's.
-        batch_size: rows per forward, in whole questions; it changes speed and memory only.
+        batch_size: options at a time, in whole questions; it changes speed and memory only.
     """
     from tqdm import tqdm
 
-    config = model.config
+    respondent = Respondent(model, processor.image_processor, processor.tokenizer, template)
     answers: list[Answer] = []
     with tqdm(total=len(questions), desc="questions", unit="q", disable=None, leave=False) as bar:
         for batch in _batches(questions, batch_size):
-            rows = [
-                row
-                for q in batch
-                for row in option_rows(q, template, processor.tokenizer, config.image_token_id, config.image_seq_length)
-            ]
-            images = [_blank(processor) if blank else _open(q.image) for q in batch]
-            pixels = processor.image_processor(images, return_tensors="pt").pixel_values  # (N, 3, H, W)
-            counts = torch.tensor([len(q.options) for q in batch])
-            inputs = pad(rows)
-            labels = inputs.pop("labels")
-            logits = model(
-                **{name: value.to(model.device) for name, value in inputs.items()},
-                pixel_values=pixels.repeat_interleave(counts, 0).to(model.device, model.dtype),
-            ).logits
-            scores = log_likelihood(logits, labels.to(logits.device)).cpu()
-            for q, own in zip(batch, scores.split(counts.tolist()), strict=True):
-                answers.append(Answer(q.id, q.detail, len(q.options), q.answer, int(own.argmax())))
+            asked = [Ask.about(q.question, [_blank(processor) if blank else _open(q.image)]) for q in batch]
+            for q, scores in zip(batch, respondent.score(asked, [q.options for q in batch]), strict=True):
+                totals = [score.total for score in scores]
+                answers.append(Answer(q.id, q.detail, len(q.options), q.answer, totals.index(max(totals))))
             bar.update(len(batch))
     return answers
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llava_genhancer.llava.conversation import (
     IGNORE_INDEX,
+    IMAGE,
     IMAGE_TOKEN_INDEX,
     Encoded,
     Turn,
@@ -34,6 +35,13 @@ class Ask(NamedTuple):
 
     text: str
     images: Sequence[Image.Image] = ()
+
+    @classmethod
+    def about(cls, text: str, images: Sequence[Image.Image]) -> Ask:
+        """The images come first, each in a line of its own, unless the text has a place for each."""
+        if text.count(IMAGE) != len(images):
+            text = f"{IMAGE}\n" * len(images) + text.replace(IMAGE, "")
+        return cls(text, images)
 
 
 class Score(NamedTuple):

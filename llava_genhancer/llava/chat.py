@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from llava_genhancer import run
 from llava_genhancer.data.decode import BadImage, decode
@@ -42,6 +43,8 @@ def chat(
     Raises:
         InputError: the checkpoint or the image cannot be used.
     """
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens}: one at least")
     try:
         picture = decode(image)
     except BadImage as error:
@@ -93,7 +96,7 @@ def load_llava(
     Raises:
         InputError: not a LLaVA, weights missing, or a tower of another shape.
     """
-    from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import AutoProcessor, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
     folder = Path(checkpoint)
     if not (folder / "config.json").is_file():
@@ -118,14 +121,20 @@ def load_llava(
                     dtype=dtype or original.dtype,
                     output_loading_info=True,
                 )
+                model.generation_config = GenerationConfig.from_pretrained(small_files)
                 processor = AutoProcessor.from_pretrained(small_files)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{checkpoint} cannot be loaded: {str(error).splitlines()[0]}") from None
     if info["missing_keys"]:
         raise InputError(f"{checkpoint}: weights are missing (first: {sorted(info['missing_keys'])[0]})")
-    return model.to(device).eval(), processor
+    try:
+        return model.to(device).eval(), processor
+    except (RuntimeError, AssertionError) as error:  # torch's ways to say that there is no such device
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise InputError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def put_tower(model: Any, processor: Any, tower: str) -> None:

@@ -29,50 +29,10 @@ def asked(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    """The shipped tiny Llama behind a random projector, in HF's form."""
-    from llava_genhancer.llava.checkpoint import Checkpoint, raw_config
-    from llava_genhancer.llava.hf import write_hf
-    from llava_genhancer.llava.model import build_projector, llava_config, load_llm
-    from llava_genhancer.llava.recipes import LlavaRecipe
-
-    recipe = LlavaRecipe(llm="toyworld:llama", tower="toyworld:clip")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        projector = build_projector(llava_config(recipe)).state_dict()
-    folder = tmp_path_factory.mktemp("llava") / "hf"
-    folder.mkdir()
-    write_hf(
-        Checkpoint(
-            llm_config=raw_config(recipe.llm),
-            companions=recipe.llm,
-            tower=recipe.tower,
-            language=load_llm(recipe.llm, torch.float32).state_dict(),
-            projector=projector,
-            conversation="v1",
-            image_mode="pad",
-            vision_feature_layer=-2,
-            dtype=torch.float32,
-        ),
-        folder,
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def loaded(checkpoint):
+def loaded(llava_folders):
     from llava_genhancer.llava.chat import load_llava
 
-    return load_llava(checkpoint)
-
-
-def test_log_likelihood_by_hand():
-    """Two tokens in the vocabulary; each step's probability of token 1 is 3/4, 1/2, 9/10."""
-    p = torch.tensor([3 / 4, 1 / 2, 9 / 10, 0.123])
-    logits = torch.stack([torch.log(1 - p), torch.log(p)], dim=-1)[None].repeat(2, 1, 1)
-    labels = torch.tensor([[-100, 1, 0, 1], [-100, -100, -100, 0]])
-    expected = torch.log(torch.tensor([3 / 4 * 1 / 2 * 9 / 10, 1 / 10]))
-    torch.testing.assert_close(questions.log_likelihood(logits, labels), expected)
+    return load_llava(llava_folders / "hf")
 
 
 def test_answers_are_the_most_likely_texts_taken_one_by_one(asked, loaded):

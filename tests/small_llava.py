@@ -1,0 +1,34 @@
+"""A tiny LLaVA, both as transformers' form and as the original's: the shipped Llama behind a random projector."""
+
+from pathlib import Path
+
+import torch
+
+
+def write_llava_folders(folder: Path, *, dtype: torch.dtype = torch.float32, conversation: str = "v1") -> Path:
+    """``hf/`` and ``llava/`` in ``folder``, the same weights in both, as a finetuning leaves them."""
+    from llava_genhancer.llava.checkpoint import Checkpoint, raw_config
+    from llava_genhancer.llava.hf import write_hf
+    from llava_genhancer.llava.model import build_projector, llava_config, load_llm
+    from llava_genhancer.llava.original import write_llava
+    from llava_genhancer.llava.recipes import LlavaRecipe
+
+    recipe = LlavaRecipe(llm="toyworld:llama", tower="toyworld:clip")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        projector = build_projector(llava_config(recipe)).state_dict()
+    checkpoint = Checkpoint(
+        llm_config=raw_config(recipe.llm),
+        companions=recipe.llm,
+        tower=recipe.tower,
+        language=load_llm(recipe.llm, torch.float32).state_dict(),
+        projector=projector,
+        conversation=conversation,
+        image_mode="pad",
+        vision_feature_layer=-2,
+        dtype=dtype,
+    )
+    for name, write in (("hf", write_hf), ("llava", write_llava)):
+        (folder / name).mkdir(parents=True)
+        write(checkpoint, folder / name)
+    return folder
