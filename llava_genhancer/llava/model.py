@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import LlavaConfig
 
@@ -263,7 +264,7 @@ def load_tower(name: str, dtype: torch.dtype) -> nn.Module:
 def _load(cls: Any, name: str, what: str, dtype: torch.dtype, **kwargs: Any) -> Any:
     try:
         model, info = cls.from_pretrained(local(name), dtype=dtype, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise InputError(f"{what} {name}: weights cannot be loaded ({str(error).splitlines()[0]})") from None
     missing = sorted(info["missing_keys"]) + sorted(map(str, info.get("mismatched_keys", [])))
     if missing:

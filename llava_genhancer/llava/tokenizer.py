@@ -107,6 +107,8 @@ def load_tokenizer(source: str) -> Any:
         named |= {name: settings[name] for name in named if settings.get(name)}
         named = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
+    if not any(find_file(path, name) for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+        raise InputError(f"llm {source} has no tokenizer: its folder needs tokenizer.model or tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -148,7 +150,10 @@ def fast_llama_tokenizer(model_file: str, *, legacy: bool = True, added: dict[st
     from sentencepiece import SentencePieceProcessor
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    pieces = SentencePieceProcessor(model_file=model_file)
+    try:
+        pieces = SentencePieceProcessor(model_file=model_file)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{model_file} is not a sentencepiece model: {str(error).splitlines()[0]}") from None
     names = [pieces.id_to_piece(i) for i in range(pieces.vocab_size())]
     vocabulary = {name: i for i, name in enumerate(names)}
     # sentencepiece joins the pair whose result scores highest; scores fall with the id.

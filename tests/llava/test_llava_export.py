@@ -1,6 +1,7 @@
 """One finetune, two folders: same weights, same tokens, what other programs read in them; and back again."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from small_llama import write_llama
 
 from llava_genhancer import cli, engine, recipes, run
 from llava_genhancer.errors import InputError
-from llava_genhancer.llava.chat import answer, load_llava
+from llava_genhancer.llava.chat import answer, chat, load_llava
 from llava_genhancer.llava.conversation import IMAGE_TOKEN_INDEX, Turn, encode_prompt
 from llava_genhancer.llava.dataset import ImageView, load_image_processor
 from llava_genhancer.llava.export import export_step, import_llava
@@ -365,6 +366,19 @@ def test_chat_with_what_is_not_there(trained, llava_data, capsys, checkpoint, im
         cli.main(["llava", "chat", str(folder / checkpoint), str(llava_data["images"] / image), "--question", "?"])
     assert caught.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_chat_with_damage_and_without_device(trained, llava_data, tmp_path) -> None:
+    _, folder = trained
+    image = llava_data["images"] / "3.png"
+    with pytest.raises(InputError, match="max_new_tokens=0"):
+        chat(folder / "hf", image, questions=["?"], max_new_tokens=0)
+    with pytest.raises(InputError, match="device nonsense cannot be used"):
+        chat(folder / "hf", image, questions=["?"], device="nonsense")
+    shutil.copytree(folder / "hf", tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").write_bytes(b"junk" * 50)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        chat(tmp_path / "hf", image, questions=["?"])
 
 
 def test_export_elsewhere_and_unfinished(trained, tmp_path, capsys) -> None:
