@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import hub
 import pytest
 
-from llava_genhancer.resources import resource_dir
-
-pytest.importorskip("lmms_eval")
+if importlib.util.find_spec("lmms_eval") is None:
+    collect_ignore_glob = ["test_*.py"]
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import hub
+
     return hub.write_hub(tmp_path_factory.mktemp("hub"))
 
 
@@ -77,28 +77,3 @@ def lmms(
         return {**json.loads(path.read_text()), "path": path}
 
     return run
-
-
-def values(results: dict[str, Any], task: str) -> dict[str, Any]:
-    """Metric to value, without lmms-eval's standard errors and filters."""
-    found = {name.split(",")[0]: value for name, value in results["results"][task].items() if ",none" in name}
-    return {name: value for name, value in found.items() if "_stderr" not in name}
-
-
-def config_of(task: str) -> dict[str, Any]:
-    """A task's YAML as lmms-eval reads it, functions and all."""
-    from lmms_eval.utils import load_yaml_config
-
-    return load_yaml_config(str(resource_dir("eval") / f"{task}.yaml"))
-
-
-def score(task: str, docs: Sequence[dict[str, Any]], replies: Sequence[str]) -> dict[str, Any]:
-    """What lmms-eval makes of replies: ``process_results`` for each document, then each metric over its items."""
-    config = config_of(task)
-    items = defaultdict(list)
-    for doc, reply in zip(docs, replies, strict=True):
-        for metric, item in config["process_results"](doc, [reply]).items():
-            items[metric].append(item)
-    metrics = {entry["metric"]: entry["aggregation"] for entry in config["metric_list"]}
-    assert items.keys() <= metrics.keys()
-    return {name: metrics[name](own) for name, own in items.items()}

@@ -4,38 +4,13 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
 
 import hub
 import pytest
-from conftest import score
-from datasets import Dataset
+from scoring import HALLUSION, TASKS, replies, score
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate.benchmarks import hallusionbench
 from llava_genhancer.evaluate.benchmarks.items import mean
-
-HALLUSION = hallusionbench.with_group_sizes(Dataset.from_list(hub.HALLUSION)).to_list()
-YES_NO = ("Yes", "No", "I cannot tell")
-LETTERS = ("A", "B", "I cannot tell")
-TASKS: dict[str, list[dict[str, Any]]] = {
-    "mmvp": hub.MMVP,
-    "mmvp_original_labels": hub.MMVP,
-    "cvbench": hub.CVBENCH_2D + hub.CVBENCH_3D,
-    "naturalbench": hub.NATURALBENCH,
-    "pope": hub.POPE,
-    "scienceqa_img": hub.SCIENCEQA,
-    "hallusionbench": HALLUSION,
-}
-
-
-def replies(docs: Sequence[dict[str, Any]], seed: int) -> list[str]:
-    """An answer of the right kind to each document, or none."""
-    kinds = [YES_NO if doc.get("Question_Type") == "yes_no" or "gt_answer" in doc else LETTERS for doc in docs]
-    kinds = [YES_NO if "image_source" in doc else kind for doc, kind in zip(docs, kinds, strict=True)]
-    draw = random.Random(seed)
-    return [draw.choice(kind) for kind in kinds]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -135,7 +110,7 @@ def test_cvbench_as_published(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_pope_as_published(seed: int) -> None:
     """Its confusion matrix, where every reply is a yes or a no."""
-    said = [random.Random(f"{seed} {i}").choice(YES_NO[:2]) for i in range(len(hub.POPE))]
+    said = [random.Random(f"{seed} {i}").choice(("Yes", "No")) for i in range(len(hub.POPE))]
     found = score("pope", hub.POPE, said)
     for name in ("", "random_", "popular_", "adversarial_"):
         pairs = [

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import score, values
 from packaging.requirements import Requirement
-from test_metrics import TASKS
-from test_metrics import replies as random_replies
+from scoring import TASKS, score, values
+from scoring import replies as random_replies
 
 from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate import lmms_plugin

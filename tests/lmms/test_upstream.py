@@ -13,8 +13,7 @@ from typing import Any
 
 import hub
 import pytest
-from conftest import config_of, score, values
-from test_metrics import HALLUSION, TASKS
+from scoring import HALLUSION, TASKS, config_of, score, values
 
 from llava_genhancer.evaluate.lmms_plugin import TAKEN_OVER
 
