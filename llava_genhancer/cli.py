@@ -167,8 +167,9 @@ def _parser() -> argparse.ArgumentParser:
     llava = "Train LLaVA-1.5 with a tower, export it to both forms, talk to it."
     add_llava_verbs(verbs.add_parser("llava", help=llava, description=llava), _add_fields)
 
-    sub = verb("report", _report, "Write report.md, report.json and figures/ for a run.")
-    sub.add_argument("run_dir", metavar="RUN")
+    sub = verb("report", _report, "Write report.md, report.html, report.json, tables/ and figures/ for a run.")
+    sub.add_argument("run_dirs", nargs="+", metavar="RUN", help="the run, then others whose rows stand beside its own")
+    sub.add_argument("--baseline", metavar="RUN", help="compare with this run's model (default: the run's original)")
 
     sub = verb(
         "demo",
@@ -306,12 +307,12 @@ def _questions(args: Any) -> None:
 def _report(args: Any) -> None:
     from llava_genhancer.evaluate.report import write_report
 
-    run_dir = Path(args.run_dir)
+    run_dir, *others = map(Path, args.run_dirs)
     if (run_dir / "tower").is_dir() and (run_dir / "manifest.json").is_file():
         from llava_genhancer.enhance.export import write_card
 
         write_card(run_dir / "tower", run_dir)  # it says what was measured
-    print(f"report: {write_report(args.run_dir)}")
+    print(f"report: {write_report(run_dir, others, baseline=args.baseline)}")
 
 
 def _demo(args: Any) -> int:

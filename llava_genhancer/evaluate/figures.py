@@ -257,7 +257,41 @@ def probes_figure(
         axes.set(xlim=(0, 101), ylim=(-0.6, len(details) - 0.4), xlabel=measure)
         axes.grid(axis="x", color="#E5E5E5", linewidth=0.8)
         axes.set_axisbelow(True)
-        figure.legend(loc="outside upper right", ncols=len(towers) + 1)
+        figure.legend(loc="outside upper right", ncols=min(3, len(towers) + 1))
+
+
+def changes_figure(
+    names: Sequence[str],
+    changes: Mapping[str, Mapping[str, tuple[float, float, float]]],
+    path: str | Path,
+    measure: str,
+) -> None:
+    """Change per name, one dot per label, with intervals around it and a line at zero.
+
+    Args:
+        names: top to bottom.
+        changes: label to name to (points, low, high).
+    """
+    with _Drawing(path, 7.6, 1.3 + (0.24 + 0.14 * len(changes)) * len(names)) as figure:
+        axes = figure.add_subplot()
+        places = np.arange(len(names))[::-1]
+        step = 0.5 / max(len(changes), 2)
+        for i, (label, own) in enumerate(changes.items()):
+            known = [(y, own[n]) for y, n in zip(places, names, strict=True) if n in own]
+            x = np.array([points for _, (points, _, _) in known])
+            y = np.array([y for y, _ in known]) + ((len(changes) - 1) / 2 - i) * step
+            errors = np.array([[points - low, high - points] for _, (points, low, high) in known]).reshape(-1, 2).T
+            axes.errorbar(
+                x, y, xerr=errors.clip(0), fmt="os^Dv"[i % 5], color=COLOURS[(i + 1) % 8], markersize=6, elinewidth=1.4,
+                capsize=2.5, label=_short(label),
+            )  # fmt: skip
+        axes.axvline(0, color=INK, linewidth=0.9, linestyle=(0, (5, 4)), zorder=0.5)
+        axes.set_yticks(places, [_short(n, 28) for n in names])
+        axes.tick_params(axis="y", length=0)
+        axes.set(ylim=(-0.6, len(names) - 0.4), xlabel=_short(measure, 60))
+        axes.grid(axis="x", color="#E5E5E5", linewidth=0.8)
+        axes.set_axisbelow(True)
+        figure.legend(loc="outside upper right", ncols=len(changes))
 
 
 def finite_history(entries: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:

@@ -1,4 +1,4 @@
-"""A run's report: ``report.md`` for people, ``report.json`` for programs, ``figures/*.png`` for both.
+"""A run's report: ``report.md`` and ``report.html`` for people, ``report.json`` and ``tables/*.csv`` for programs.
 
 Every part of a run folder is optional here. What is missing or unreadable is said in one line under "Not shown"; the
 rest is reported all the same.
@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate import figures, llava_report
+from llava_genhancer.evaluate import figures, llava_report, mllm_report, table1
+from llava_genhancer.evaluate.gallery import gallery
+from llava_genhancer.evaluate.html import page
 from llava_genhancer.evaluate.markdown import block, code, table, text
 from llava_genhancer.evaluate.mmvp_results import GUESS, ONE_PAIR, MmvpResult, compare, load_results
 from llava_genhancer.evaluate.words import duration, fields, flat, mmvp_table, number, paper_rows, percent, verdict
 from llava_genhancer.run import MANIFEST, read_json, write_json, write_text
 
 STAGES = (1, 2)
+WRITTEN = {"report.md", "report.html", "report.json", "figures", "tables"}
 PARTS = (MANIFEST, "stage1", "stage2", "tower", "eval", "llava-pretrain", "llava-finetune")
 FIGURES = ("loss.png", "t_density.png", "reconstructions.png", "mmvp_vlm.png", "probes.png", llava_report.FIGURE)
 GRID_ROWS, GRID_COLUMNS, KEYS_SHOWN = 6, 8, 20
@@ -32,8 +35,13 @@ FIRST_FIELDS = (
 )  # fmt: skip
 
 
-def write_report(run_dir: str | Path) -> Path:
+def write_report(run_dir: str | Path, others: Sequence[str | Path] = (), *, baseline: str | Path | None = None) -> Path:
     """Write the report of a run folder, from whatever is in it.
+
+    Args:
+        run_dir: a run's folder, or one that lmms-eval wrote into.
+        others: more of them, whose rows stand beside the run's in the paper's tables.
+        baseline: the one whose model the others are compared with; without it the run's own "original".
 
     Returns:
         The path of ``report.md``.
@@ -41,30 +49,52 @@ def write_report(run_dir: str | Path) -> Path:
     Raises:
         InputError: no such folder, it holds something else than a run, or it cannot be written.
     """
-    run_dir = Path(run_dir).expanduser()
+    folders = [Path(run).expanduser() for run in (run_dir, *others, *([baseline] if baseline else []))]
+    for folder in folders:
+        _check(folder)
+    first, *rest = folders
+    return _write(first, rest[: len(others)], folders[-1] if baseline else None)
+
+
+def _check(run_dir: Path) -> None:
     if not run_dir.is_dir():
         raise InputError(f"{run_dir} is not a folder: give a run's output folder")
     there = {p.name for p in run_dir.iterdir() if not p.name.startswith(".")}
-    if not there.isdisjoint(PARTS) or there <= {"report.md", "report.json", "figures"}:
-        return _write(run_dir)
-    raise InputError(f"{run_dir} is not a run folder: it has none of {', '.join(PARTS)}")
+    if there.isdisjoint(PARTS) and not there <= WRITTEN and not mllm_report.has_results(run_dir):
+        raise InputError(
+            f"{run_dir} is not a run folder: it has none of {', '.join(PARTS)}, and no results of lmms-eval"
+        )
 
 
-def _write(run_dir: Path) -> Path:
-    report = _Report(run_dir)
+def _write(run_dir: Path, others: Sequence[Path], baseline: Path | None) -> Path:
+    report = _Report(run_dir, others, baseline)
     mmvp, probes = report.part("MMVP-VLM", report.mmvp), report.part("probes", report.probes)
-    llava = report.part("LLaVA", report.llava)
+    llava, mllm = report.part("LLaVA", report.llava), report.part("lmms-eval", report.mllm)
     training, pictures = report.part("training", report.training), report.part("pictures", report.reconstructions)
     data, recipe = report.part("skipped images", report.data), report.part("recipe", report.recipe)
     commands = report.part("commands", report.commands)  # before not_shown(), which tells what failed
-    parts = [report.summary(), mmvp, probes, llava, training, pictures, data, recipe, report.not_shown(), commands]
+    parts = [
+        report.summary(),
+        mmvp,
+        probes,
+        mllm,
+        llava,
+        training,
+        pictures,
+        data,
+        recipe,
+        report.not_shown(),
+        commands,
+    ]
     name = report.values.get("name") or run_dir.resolve().name
     body = "\n\n".join([f"# {text(name)}: report", *(part for part in parts if part)]) + "\n"
     try:
-        for figure in FIGURES:  # of an earlier report, whose source is gone
+        for figure in (*FIGURES, *mllm_report.FIGURES):  # of an earlier report, whose source is gone
             if figure not in report.drawn:
                 (run_dir / "figures" / figure).unlink(missing_ok=True)
         write_text(run_dir / "report.md", body)
+        shown = gallery(report.evaluation) if report.evaluation else ""
+        write_text(run_dir / "report.html", page(f"{name}: report", body, run_dir, shown))
         facts = {**report.facts, "figures": [f"figures/{f}" for f in report.drawn], "not_shown": report.missing}
         write_json(run_dir / "report.json", {"format": 1, "name": name, **facts})
     except OSError as error:
@@ -75,8 +105,9 @@ def _write(run_dir: Path) -> Path:
 class _Report:
     """What is gathered on the way: facts for the JSON, figures drawn, and lines about what is missing."""
 
-    def __init__(self, run_dir: Path):
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path, others: Sequence[Path] = (), baseline: Path | None = None):
+        self.run_dir, self.others, self.baseline = run_dir, others, baseline
+        self.evaluation: mllm_report.Evaluation | None = None
         self.facts: dict[str, Any] = {}
         self.missing: list[str] = []
         self.drawn: list[str] = []
@@ -232,7 +263,25 @@ class _Report:
         if any(r.paper for r in results):
             rows = text(paper_rows(results))
             notes.append(f"The paper's figures are Table 1 of arXiv 2503.19480 ({rows}).")
-        return "\n\n".join(["## MMVP-VLM", picture, mmvp_table(results), *notes])
+        compared = [*results, *(r for run in self.others for r in self.measured_elsewhere(run))]
+        write_text(self.run_dir / table1.CSV, table1.as_csv(compared))
+        return "\n\n".join(["## MMVP-VLM", picture, mmvp_table(results), *notes, table1.markdown(compared)])
+
+    def measured_elsewhere(self, run: Path) -> list[MmvpResult]:
+        """Another run's towers, called by its name too."""
+        path = run / "eval" / "mmvp_vlm.json"
+        found = _before_and_after(load_results(path)) if path.is_file() else []
+        return [dataclasses.replace(r, label=f"{run.resolve().name}: {r.label}") for r in found]
+
+    def mllm(self) -> str:
+        self.evaluation = mllm_report.evaluation([self.run_dir, *self.others], self.baseline)
+        if self.evaluation is None:
+            return ""
+        written = mllm_report.section(self.evaluation, self.run_dir)
+        self.drawn += [f for f in mllm_report.FIGURES if f"(figures/{f})" in written]
+        self.headlines += mllm_report.headlines(self.evaluation)
+        self.facts["table2"] = mllm_report.facts(self.evaluation, self.run_dir)
+        return written
 
     def probes(self) -> str:
         path = "eval/probes.json"
@@ -314,7 +363,8 @@ class _Report:
             where = ["--data", str(values["benchmark"]["path"]), "--output", str(measured)]
             lines.append(shlex.join(["llava-genhancer", "mmvp-vlm", *towers, *where]))
         lines += llava_report.commands(self.run_dir)
-        lines.append(shlex.join(["llava-genhancer", "report", str(self.run_dir)]))
+        compared = ["--baseline", str(self.baseline)] if self.baseline else []
+        lines.append(shlex.join(["llava-genhancer", "report", *map(str, (self.run_dir, *self.others)), *compared]))
         said = f"Recipes, versions and seeds: {links}." if (links := llava_report.manifests(self.run_dir)) else ""
         again = block([" ".join(line.split("\n")) for line in lines])
         return "\n\n".join(["## To repeat this", *([said] if said else []), again])
