@@ -81,7 +81,9 @@ def answers(run_dir: Path) -> tuple[list[str], list[str], dict[str, Any]]:
     notes = [
         f"Asked on {code(data['path'])} (SHA-256 {code(str(data['sha256'])[:16])}…). {text(measured['scoring'])} "
         f"Brackets are 95 % intervals; {text(BLIND)} is {text(first.label)} with a blank image, the same questions.",
-        f"{len(first.details)} details are {len(first.details)} chances for a small p by luck: read the average first.",
+        "McNemar's test tells whether these two models answer differently. How far two trainings with one and the same "
+        "tower differ, only several seeds tell; in a short training that is a lot, as a detail is learned or not yet. "
+        f"And {len(first.details)} details are {len(first.details)} chances for a small p: read the average first.",
     ]
     facts = {
         "scoring": SCORING,
