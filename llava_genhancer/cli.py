@@ -164,6 +164,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch_size", type=int, default=64)
     sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
 
+    sub = verb("mllm", _mllm, "Evaluate LLaVAs on the paper's Table 2 with lmms-eval; the same command goes on.")
+    sub.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="a finetuning's folder, or a checkpoint")
+    sub.add_argument("--output_dir", required=True, metavar="DIR", help="a run's eval/lmms, where the report looks")
+    sub.add_argument("--labels", nargs="+", help="a name for each; the report compares with the one called original")
+    sub.add_argument("--tasks", default="genhancer", help="lmms-eval's, comma-separated (default: all of Table 2)")
+    sub.add_argument("--data", metavar="DIR", help="local copies of the data sets: DIR/<organisation>/<name>")
+    sub.add_argument("--batch_size", type=int, default=1)
+    sub.add_argument("--processes", type=int, help="GPUs to spread the questions over (default: all that are here)")
+    sub.add_argument("--limit", type=int, help="only the first so many questions of each task")
+    sub.add_argument("--model_args", default="", help="more for our lmms-eval model, for example answer=generate")
+
     llava = "Train LLaVA-1.5 with a tower, export it to both forms, talk to it."
     add_llava_verbs(verbs.add_parser("llava", help=llava, description=llava), _add_fields)
 
@@ -301,6 +312,22 @@ def _questions(args: Any) -> None:
         template=args.conversation,
         batch_size=args.batch_size,
         device=args.device,
+    )
+
+
+def _mllm(args: Any) -> None:
+    from llava_genhancer.evaluate.mllm import evaluate
+
+    evaluate(
+        args.checkpoints,
+        args.output_dir,
+        labels=args.labels,
+        tasks=args.tasks,
+        data=args.data,
+        batch_size=args.batch_size,
+        processes=args.processes,
+        limit=args.limit,
+        model_args=args.model_args,
     )
 
 

@@ -17,7 +17,7 @@ from llava_genhancer.llava.recipes import get_recipe
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "enhance_then_llava.sh"
 TINY = ["enhance", "mmvp", "probes", "pretrain", "finetune", "baseline-pretrain", "baseline-finetune", "questions",
-        "chat", "report"]  # fmt: skip
+        "chat", "lmms", "report"]  # fmt: skip
 
 
 def choices(preset: str = "tiny", **values) -> Choices:
@@ -31,9 +31,9 @@ def names(steps: list[Step]) -> list[str]:
 def test_the_steps_of_each_choice() -> None:
     assert names(plan(choices())) == TINY
     assert names(plan(choices(tower="/some/tower"))) == TINY[1:]
-    assert names(plan(choices("vicuna-7b"))) == ["enhance", "pretrain", "finetune", "report"]
+    assert names(plan(choices("vicuna-7b"))) == ["enhance", "pretrain", "finetune", "lmms", "report"]
     with_all = plan(choices("vicuna-13b", mmvp="pairs", baseline=True))
-    assert names(with_all) == ["enhance", "mmvp", *TINY[3:7], "report"]
+    assert names(with_all) == ["enhance", "mmvp", *TINY[3:7], "lmms", "report"]
 
 
 def test_both_towers_are_trained_on_the_same_data_in_folders_of_their_own() -> None:

@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", metavar="PATH", help="images to enhance with: tar shards, folder, dataset or LLaVA's JSON")
     p.add_argument("--mmvp", metavar="DIR", help="MMVP-VLM's folder; without it that step is left out")
     p.add_argument("--llava_data", metavar="DIR", type=Path, help="LLaVA's data (default: playground/data)")
+    p.add_argument("--lmms_data", metavar="DIR", type=Path, help="local copies of the benchmarks (default: the hub's)")
     p.add_argument("--fork", metavar="DIR", type=Path, help="train LLaVA with the code of this fork's checkout")
     p.add_argument("--fork_python", metavar="EXE", default="python", help="interpreter of the fork's environment")
     p.add_argument("--hostfile", metavar="FILE", help="DeepSpeed's list of machines")
@@ -72,6 +73,7 @@ def _main(argv: list[str]) -> int:
         data=args.data,
         mmvp=args.mmvp,
         llava_data=args.llava_data,
+        lmms_data=args.lmms_data,
         # A fork runs in its own folder.
         hostfile=str(Path(args.hostfile).absolute()) if args.hostfile else None,
         deepspeed=str(Path(args.deepspeed).absolute()) if args.deepspeed else None,
@@ -114,7 +116,12 @@ def check(choices: Choices) -> None:
     """
     from llava_genhancer.chain.needs import llava_data
 
-    for name, path in (("--fork", choices.fork), ("--hostfile", choices.hostfile), ("--deepspeed", choices.deepspeed)):
+    for name, path in (
+        ("--lmms_data", choices.lmms_data),
+        ("--fork", choices.fork),
+        ("--hostfile", choices.hostfile),
+        ("--deepspeed", choices.deepspeed),
+    ):
         if path is not None and not Path(path).exists():
             raise InputError(f"{name} {path} does not exist")
     if choices.tower is not None and choices.tower.startswith((".", "/")) and not Path(choices.tower).is_dir():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,15 @@ FINETUNE_IMAGES = (
     "coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K", "vg/VG_100K_2",
 )  # fmt: skip
 TINY_NEEDS = "no GPU and no download; about 70 MB in the run folder and 90 MB in the cache folder"  # measured
+# What the hub's listings say of size, and how many questions of it are asked.
+BENCHMARKS = {
+    "lmms-lab-eval/MMVP": "300 questions",
+    "nyu-visionx/CV-Bench": "407 MB, 2,638 questions",
+    "BaiqiL/NaturalBench-lmms-eval": "7,600 questions",
+    "lmms-lab-encoder/POPE": "510 MB, 9,000 questions",
+    "lmms-lab-encoder/ScienceQA": "1.3 GB, 2,017 questions",
+    "lmms-lab-encoder/HallusionBench": "147 MB, 951 questions",
+}
 PARAMETERS = {"vicuna-7b": 6_738_415_616, "vicuna-13b": 13_015_864_320}
 
 
@@ -73,14 +82,22 @@ def _finetune_downloads(root: Path) -> list[str]:
     ]
 
 
-def needs(step: str, preset: str, llava: LlavaRecipe, data: Mapping[str, Data]) -> list[str]:
-    """Lines for the plan: memory, disk, and data that are not there yet with how to get them."""
+def needs(
+    step: str, preset: str, llava: LlavaRecipe, data: Mapping[str, Data], benchmarks: Path | None = None
+) -> list[str]:
+    """Lines for the plan: memory, disk, and data that are not there yet with how to get them.
+
+    Args:
+        benchmarks: the folder of the benchmarks' local copies, if lmms-eval is to take those.
+    """
     if preset == "tiny":
         return []
     if step.startswith("baseline-"):
         return [f"needs the same as {step.removeprefix('baseline-')}"]
     if step == "enhance":
         return ["needs memory and disk as `llava-genhancer doctor openai-l14-336` predicts them for this machine"]
+    if step == "lmms":
+        return _benchmarks(benchmarks)
     if step not in data:
         return []
     lines = _memory(step, PARAMETERS[preset], llava)
@@ -88,6 +105,27 @@ def needs(step: str, preset: str, llava: LlavaRecipe, data: Mapping[str, Data]) 
         lines.append(f"needs {', '.join(missing)}, not there yet:")
         lines += [f"  {command}" for command in data[step].downloads]
     return lines
+
+
+def _benchmarks(folder: Path | None) -> list[str]:
+    if folder is None:
+        return [
+            "downloads these sets from the hub on first use; or get them beforehand, and add --lmms_data DIR:",
+            *(f"  {line}" for line in _benchmark_downloads(Path("DIR"), BENCHMARKS)),
+        ]
+    missing = [name for name in BENCHMARKS if not (folder / name).is_dir()]
+    if not missing:
+        return []
+    return [
+        f"needs {', '.join(str(folder / name) for name in missing)}, not there yet:",
+        *(f"  {line}" for line in _benchmark_downloads(folder, missing)),
+    ]
+
+
+def _benchmark_downloads(folder: Path, names: Iterable[str]) -> list[str]:
+    return [
+        f"hf download {name} --repo-type dataset --local-dir {folder / name}  # {BENCHMARKS[name]}" for name in names
+    ]
 
 
 def _memory(step: str, parameters: int, llava: LlavaRecipe) -> list[str]:

@@ -58,6 +58,7 @@ class Choices:
     data: str | None = None
     mmvp: str | None = None
     llava_data: Path | None = None
+    lmms_data: Path | None = None
     hostfile: str | None = None
     deepspeed: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
@@ -109,8 +110,12 @@ def plan(choices: Choices) -> list[Step]:
         words = ["questions", *folders, "--labels", "original", "enhanced", "--data", _toy("questions_test", choices)]
         steps.append(_measure("questions", words, run_dir, "questions", folders))
         steps.append(_chat(folders[-1], choices))
+    steps.append(_lmms(choices, [folder for folder, _, _ in reversed(trained)]))
     steps.append(Step("report", ("report", str(run_dir))))
-    return [replace(step, needs=tuple(needs(step.name, choices.preset, llava, data_of))) for step in steps]
+    return [
+        replace(step, needs=tuple(needs(step.name, choices.preset, llava, data_of, choices.lmms_data)))
+        for step in steps
+    ]
 
 
 def split_fields(fields: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -147,6 +152,19 @@ def _measure(name: str, command: Sequence[str | None], run_dir: Path, file: str,
     result = run_dir / "eval" / f"{file}.json"
     words = (*(word for word in command if word is not None), "--output", str(result))
     return Step(name, words, result=result, sources=tuple(Path(s) / "config.json" for s in sources))
+
+
+def _lmms(choices: Choices, folders: Sequence[Path]) -> Step:
+    """The paper's benchmarks by lmms-eval, in one call per model; of the toy world its own small sets."""
+    form = "." if choices.fork else "hf"
+    models = [str(folder / "llava-finetune" / form) for folder in folders]
+    labels = ["original", "enhanced"] if len(models) == 2 else ["enhanced"]
+    output = choices.run_dir / "eval" / "lmms"
+    data = _toy("benchmarks", choices) or choices.lmms_data
+    words = ["mllm", *models, "--labels", *labels, "--output_dir", str(output), "--batch_size", "16"]
+    words += ["--data", str(data)] if data else []
+    sources = tuple(Path(model) / "config.json" for model in models)
+    return Step("lmms", tuple(words), result=output / labels[-1] / "provenance.json", sources=sources)
 
 
 def _chat(checkpoint: str, choices: Choices) -> Step:

@@ -7,10 +7,12 @@ import contextlib
 import html
 import io
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from llava_genhancer.evaluate.local_data import cache_folder
 from llava_genhancer.evaluate.mllm_report import Evaluation
 from llava_genhancer.evaluate.mllm_results import Model, TaskRun
 from llava_genhancer.evaluate.table2 import COLUMNS
@@ -104,8 +106,9 @@ def _images(task: TaskRun, numbers: Sequence[int]) -> dict[int, Image.Image]:
         from datasets import load_dataset
 
         with _offline():
-            config = task.config
-            docs = load_dataset(config["dataset_path"], config.get("dataset_name"), split=config["test_split"])
+            config, path = task.config, Path(task.config["dataset_path"])
+            cache = str(cache_folder(path.parents[1])) if path.is_absolute() else None
+            docs = load_dataset(str(path), config.get("dataset_name"), split=config["test_split"], cache_dir=cache)
         found = {n: docs[n].get("image", docs[n].get("Image")) for n in numbers if n < len(docs)}
         return {n: image for n, image in found.items() if image is not None}
     except (ImportError, OSError, ValueError, KeyError):  # datasets' own errors are OSErrors and ValueErrors

@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import Any
 
 from llava_genhancer.errors import InputError, reason
+from llava_genhancer.evaluate.local_data import CACHE_VARIABLE, cache_folder
 from llava_genhancer.evaluate.options import OURS, UPSTREAM
 from llava_genhancer.resources import resource_dir
 
@@ -100,6 +101,8 @@ def merge_tasks(tasks: ModuleType) -> None:
     except (AttributeError, TypeError, InputError) as error:
         return _say_lost(error)
     builtin = Path(str(tasks.__file__)).parent
+    if data := os.environ.get(DATA_VARIABLE):
+        os.environ.setdefault(CACHE_VARIABLE, str(cache_folder(Path(data).expanduser())))
 
     def initialize_tasks(self: Any, *args: Any, **kwargs: Any) -> Index:
         index: Index = upstream_index(self, *args, **kwargs)
@@ -158,6 +161,8 @@ def _ours(name: str, config: dict[str, Any], index: Mapping[str, Any]) -> dict[s
             _say(f"{DATA_VARIABLE}={data} holds no {config['dataset_path']}: put a copy there, or unset the variable")
             raise SystemExit(2)
         config["dataset_path"] = str(local.resolve())
+    # Its results file names the commit of the folder that it was started in.
+    config["metadata"] = {**config["metadata"], "lmms_eval": importlib.metadata.version("lmms_eval")}
     return config
 
 

@@ -1,4 +1,4 @@
-"""The toy world as files: caption shards, pair sets in MMVP-VLM's layout, LLaVA's two JSON files, questions."""
+"""The toy world as files: caption shards, pairs as in MMVP-VLM, LLaVA's two JSON files, questions, benchmarks."""
 
 import csv
 import hashlib
@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.toyworld import questions, scenes
+from llava_genhancer.toyworld import benchmarks, questions, scenes
 from llava_genhancer.toyworld.paths import cache_folder, resolve
 
 logger = logging.getLogger(__name__)
@@ -175,11 +175,14 @@ class ToyWorld:
     llava: Path
     questions_dev: Path
     questions_test: Path
+    benchmarks: Path
 
 
 def _digest() -> str:
     """Changes whenever the code that draws or writes the world does."""
-    source = b"".join(Path(file).read_bytes() for file in (scenes.__file__, questions.__file__, __file__))
+    source = b"".join(
+        Path(file).read_bytes() for file in (scenes.__file__, questions.__file__, benchmarks.__file__, __file__)
+    )
     return hashlib.sha256(source).hexdigest()
 
 
@@ -230,6 +233,7 @@ def prepare(cache_dir: str | Path | None = None) -> ToyWorld:
         _render(folder / "llava", lambda new: write_llava(new, LLAVA_IMAGES, seed=4))
         _render(folder / "questions_dev", lambda new: write_questions(new, "dev", 5, QUESTIONS_PER_DETAIL))
         _render(folder / "questions_test", lambda new: write_questions(new, "test", 6, QUESTIONS_PER_DETAIL))
+        _render(folder / "benchmarks", lambda new: benchmarks.write_benchmarks(new, seed=7))
     except OSError as error:
         raise InputError(
             f"cannot write the toy world into {folder} ({error.strerror or error}); "
@@ -245,4 +249,5 @@ def prepare(cache_dir: str | Path | None = None) -> ToyWorld:
         llava=folder / "llava",
         questions_dev=folder / "questions_dev",
         questions_test=folder / "questions_test",
+        benchmarks=folder / "benchmarks",
     )

@@ -83,7 +83,7 @@ def test_prepare_renders_once_even_when_three_ask_at_once(tmp_path, monkeypatch)
     for asker in askers:
         asker.join()
     assert [asker.exitcode for asker in askers] == [0, 0, 0]
-    rendered = ["llava", "mmvp_dev", "mmvp_test", "questions_dev", "questions_test", "shards"]
+    rendered = ["benchmarks", "llava", "mmvp_dev", "mmvp_test", "questions_dev", "questions_test", "shards"]
     assert sorted(os.listdir(tmp_path)) == rendered, "scratch folders were left behind"
     for name, value in SMALL.items():
         monkeypatch.setattr(writers, name, value)
