@@ -1,4 +1,4 @@
-"""A tiny LLaVA, both as transformers' form and as the original's: the shipped Llama behind a random projector."""
+"""A tiny LLaVA, both as transformers' form and as the original's, whose answers vary from question to question."""
 
 from pathlib import Path
 
@@ -16,12 +16,15 @@ def write_llava_folders(folder: Path, *, dtype: torch.dtype = torch.float32, con
     recipe = LlavaRecipe(llm="toyworld:llama", tower="toyworld:clip")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        projector = build_projector(llava_config(recipe)).state_dict()
+        projector = {n: 4 * w for n, w in build_projector(llava_config(recipe)).state_dict().items()}
+        language = load_llm(recipe.llm, torch.float32).state_dict()
+        # The shipped weights alone say "B" to every question that they were not trained on.
+        language |= {n: w + 2 * w.std() * torch.randn_like(w) for n, w in language.items() if w.ndim > 1}
     checkpoint = Checkpoint(
         llm_config=raw_config(recipe.llm),
         companions=recipe.llm,
         tower=recipe.tower,
-        language=load_llm(recipe.llm, torch.float32).state_dict(),
+        language=language,
         projector=projector,
         conversation=conversation,
         image_mode="pad",

@@ -69,6 +69,7 @@ def write_llava_config(checkpoint: Checkpoint, folder: Path) -> None:
             "mm_use_im_start_end": False,
             "mm_use_im_patch_token": False,
             "mm_patch_merge_type": "flat",
+            "mm_conversation": checkpoint.conversation,  # ours: the original code goes by the folder's name
             "image_aspect_ratio": "pad" if checkpoint.image_mode == "pad" else "square",
             "use_mm_proj": True,
             "tune_mm_mlp_adapter": False,
@@ -84,11 +85,12 @@ def original_projector(projector: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{PROJECTOR[n.split('.')[0]]}.{n.split('.')[1]}": v for n, v in projector.items()}
 
 
-def read_llava(folder: str | os.PathLike, *, tower: str | None = None, conversation: str = "v1") -> Checkpoint:
+def read_llava(folder: str | os.PathLike, *, tower: str | None = None, conversation: str | None = None) -> Checkpoint:
     """A checkpoint of the original form, such as the released LLaVA-1.5.
 
     Args:
         tower: replaces the ``mm_vision_tower`` that the checkpoint names.
+        conversation: the template of its prompts; if absent the one that our export named, else LLaVA-1.5's ``v1``.
 
     Raises:
         InputError: not such a checkpoint, or one with a projector or image tokens other than LLaVA-1.5's.
@@ -120,7 +122,7 @@ def read_llava(folder: str | os.PathLike, *, tower: str | None = None, conversat
         tower=tower or config["mm_vision_tower"],
         language=language,
         projector=projector,
-        conversation=conversation,
+        conversation=conversation or config.get("mm_conversation", "v1"),
         image_mode="pad" if config.get("image_aspect_ratio") == "pad" else "square",
         vision_feature_layer=config["mm_vision_select_layer"],
         dtype=next(iter(language.values())).dtype,

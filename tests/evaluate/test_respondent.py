@@ -13,6 +13,7 @@ from llava_genhancer.evaluate.respondent import Ask, Respondent, pack
 from llava_genhancer.llava.chat import load_llava
 from llava_genhancer.llava.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, Turn, encode
 from llava_genhancer.llava.model import Llava, load_llm, load_tower
+from llava_genhancer.llava.original import read_llava
 from llava_genhancer.llava.tokenizer import load_tokenizer
 
 IMAGES = [
@@ -47,6 +48,7 @@ def trained(llava_folders: Path) -> Llava:
     """The same weights in the class that trains: no widened vocabulary, no processor's ids, no cache."""
     model, _ = load_llava(llava_folders / "llava", device="cpu")
     language = load_llm("toyworld:llama", torch.float32)
+    language.load_state_dict(dict(read_llava(llava_folders / "llava").language))
     return Llava(
         model.config, load_tower("toyworld:clip", torch.float32), model.model.multi_modal_projector, language
     ).eval()
@@ -106,10 +108,17 @@ def test_generation_in_batches(asked: Respondent, trained: Llava) -> None:
         assert tokenizer.decode(tokens[0], skip_special_tokens=True).strip() == text
 
 
-def test_greedy_is_what_generation_says(asked: Respondent) -> None:
+def test_greedy_is_what_generation_says(llava_folders: Path) -> None:
+    """With the shipped weights, which end their answers."""
+    asked = respondent(llava_folders)
+    shipped = load_llm("toyworld:llama", torch.float32).state_dict()
+    with torch.no_grad():
+        for name, parameter in asked.model.model.language_model.named_parameters():
+            parameter[: len(shipped[f"model.{name}"])] = shipped[f"model.{name}"]
+        asked.model.lm_head.weight[: len(shipped["lm_head.weight"])] = shipped["lm_head.weight"]
     (said,) = asked.say(ASKED[:1], max_new_tokens=8, do_sample=False)
-    scores = asked.score(ASKED[:1], [[said, f"{said} not"]])[0]
-    assert [score.greedy for score in scores] == [True, False]
+    scores = asked.score(ASKED[:1], [[said, f"{said} A", "critter"]])[0]
+    assert [score.greedy for score in scores] == [True, False, False]
 
 
 def test_rows_that_widen_the_vocabulary_take_no_probability(asked: Respondent) -> None:
