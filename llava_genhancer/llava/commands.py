@@ -50,7 +50,7 @@ def add_verbs(parser: argparse.ArgumentParser, add_fields: AddFields) -> None:
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="folder in the original form")
     sub.add_argument("--output_dir", metavar="DIR", required=True)
     sub.add_argument("--tower", metavar="DIR", help="vision tower, instead of the one that the checkpoint names")
-    sub.add_argument("--conversation", default="v1", help="template of its prompts (default: v1)")
+    sub.add_argument("--conversation", help="template of its prompts (default: the one that we exported with, else v1)")
 
     sub = verb("chat", _chat, "Ask a LLaVA about an image, in the terminal.")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="folder in HF's form or the original one")

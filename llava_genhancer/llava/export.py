@@ -95,13 +95,17 @@ def merge_lora(base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scale
 
 
 def import_llava(
-    checkpoint: str | os.PathLike, output_dir: str | os.PathLike, *, tower: str | None = None, conversation: str = "v1"
+    checkpoint: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    *,
+    tower: str | None = None,
+    conversation: str | None = None,
 ) -> Path:
     """A checkpoint of the original form (a released LLaVA-1.5, or one trained with its code) in the HF form.
 
     Args:
         tower: replaces the vision tower that the checkpoint names.
-        conversation: the template its prompts had; the checkpoint does not say.
+        conversation: the template its prompts had, see :func:`read_llava`.
 
     Raises:
         InputError: not such a checkpoint, or something else is in the way.

@@ -142,6 +142,9 @@ def test_a_byte_level_tokenizer_and_an_end_of_its_own(llava_fields, llava_data, 
     assert model.generation_config.eos_token_id == [2, 0]  # <|im_end|> by chance also the configuration's end
     assert answer(model, processor, picture(llava_data), [message], 4) is not None
     assert run.read_json(folder / "llava" / "config.json")["model_type"] == "llava_qwen"
+    model, processor = load_llava(folder / "llava")
+    assert processor.apply_chat_template([message], add_generation_prompt=True) == text
+    assert model.config.image_token_index == image
 
 
 def test_only_the_hf_form_where_the_original_has_no_class(llava_fields, tmp_path) -> None:
