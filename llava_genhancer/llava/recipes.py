@@ -153,9 +153,9 @@ def tiny() -> LlavaRecipe:
         pretrain=LlavaStep(global_batch_size=32, learning_rate=3e-3, save_steps=100, log_steps=10),
         finetune=dataclasses.replace(
             FINETUNE,
-            global_batch_size=32,
-            per_device_batch_size=32,
-            learning_rate=2e-3,
+            global_batch_size=16,
+            per_device_batch_size=16,
+            learning_rate=1.5e-3,
             epochs=2,
             save_steps=100,
             log_steps=10,
