@@ -176,8 +176,8 @@ def measure(column: Column, task: TaskRun) -> Measured:
     told = task.metrics.get(f"{column.metric},none")
     if isinstance(told, int | float) and measured.percent is not None and abs(100 * told - measured.percent) > 1e-6:
         raise InputError(
-            f"{task.samples} comes to {measured.percent:.2f} % {column.metric}, and {task.results.name} says "
-            f"{100 * told:.2f} %: the two files are of different runs"
+            f"{task.samples.name} and {task.results.name} are of different runs: {measured.percent:.2f} % and "
+            f"{100 * told:.2f} % {column.metric}, in {task.samples.parent}"
         )
     return measured
 

@@ -49,8 +49,7 @@ def write_benchmarks(folder: str | Path, seed: int) -> Path:
     """Write all six sets; what they hold depends on ``seed`` alone."""
     folder, rng = Path(folder), Random(seed)
     _write(_mmvp(rng), folder / "lmms-lab-eval/MMVP/data/train-00000-of-00001.parquet")
-    natural = folder / "BaiqiL/NaturalBench-lmms-eval/data/test-00000-of-00001.parquet"
-    _write([{**row, "Image": row.pop("image")} for row in _naturalbench(rng)], natural)
+    _write(_naturalbench(rng), folder / "BaiqiL/NaturalBench-lmms-eval/data/test-00000-of-00001.parquet")
     cvbench = folder / "nyu-visionx/CV-Bench"
     rows = _cvbench(rng)
     for kind in ("2D", "3D"):
@@ -93,7 +92,9 @@ def _mmvp(rng: Random) -> list[Row]:
             for scene in pair:
                 right = "ab"[words.index(_word(scene, detail))]
                 facts = {"Question": QUESTIONS[detail][0], "Options": f"(a) {words[0]} (b) {words[1]}"}
-                rows.append({"Index": len(rows) + 1, **facts, "Correct Answer": f"({right})", **_picture(scene)})
+                rows.append(
+                    {"Index": len(rows) + 1, **facts, "Correct Answer": f"({right})", "image": scenes.render(scene)}
+                )
     return rows
 
 
@@ -114,7 +115,7 @@ def _naturalbench(rng: Random) -> list[Row]:
                     question = f"{QUESTIONS[detail][0]} Option: A:{words[0]}; B:{words[1]};"
                     right = "A" if asked == image else "B"
                 facts = {"Question": question, "Answer": right, "Question_Type": kind}
-                rows.append({"Index": len(rows), **facts, **_picture(scene)})
+                rows.append({"Index": len(rows), **facts, "Image": scenes.render(scene)})
     return rows
 
 
@@ -130,7 +131,9 @@ def _cvbench(rng: Random) -> list[Row]:
                 "answer": f"({LETTERS[right]})",
                 "prompt": f"{question} Select from the following choices.\n{listed}",
             }
-            rows.append({"idx": len(rows), **facts, **asked, "filename": f"{len(rows)}.png", **_picture(scene)})
+            rows.append(
+                {"idx": len(rows), **facts, **asked, "filename": f"{len(rows)}.png", "image": scenes.render(scene)}
+            )
     return rows
 
 
@@ -151,7 +154,7 @@ def _pope(rng: Random) -> list[Row]:
             asked = there if index % 2 else rng.choice([value for value in words if value != there])
             facts = {"question": question.format(words[asked]), "answer": "yes" if index % 2 else "no"}
             ids = {"id": str(len(rows)), "question_id": str(index + 1), "image_source": f"toyworld_{len(rows):06d}"}
-            rows.append({**ids, **facts, "category": category, **_picture(scene)})
+            rows.append({**ids, **facts, "category": category, "image": scenes.render(scene)})
     return rows
 
 
@@ -163,7 +166,9 @@ def _scienceqa(rng: Random) -> list[Row]:
         taught = dict.fromkeys(("hint", "lecture", "solution"), "")
         place = {"task": "closed choice", "grade": "grade1", "subject": "natural science", "topic": "critters"}
         facts = {"question": QUESTIONS[detail][0], "choices": choices, "answer": right}
-        rows.append({**facts, **taught, **place, "category": detail, "skill": "look closely", **_picture(scene)})
+        rows.append(
+            {**facts, **taught, **place, "category": detail, "skill": "look closely", "image": scenes.render(scene)}
+        )
     return rows
 
 
@@ -184,12 +189,10 @@ def _hallusion(rng: Random) -> list[Row]:
                 }
                 ids = {"set_id": str(number), "figure_id": str(figure), "sample_note": "", "question_id": str(question)}
                 facts = {"question": _claim(about, asked), "gt_answer_details": "", "gt_answer": str(int(right))}
-                rows.append({**place, **ids, **facts, "filename": f"{number}_{figure}.png", **_picture(scene)})
+                rows.append(
+                    {**place, **ids, **facts, "filename": f"{number}_{figure}.png", "image": scenes.render(scene)}
+                )
     return rows
-
-
-def _picture(scene: Scene) -> Row:
-    return {"image": scenes.render(scene)}
 
 
 def _write(rows: Sequence[Row], path: Path) -> None:
