@@ -26,8 +26,8 @@ nav { display: flex; flex-wrap: wrap; gap: .25rem 1rem; font-size: .9rem }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; overflow-wrap: normal }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap }
 th { vertical-align: bottom; white-space: normal; min-width: 4.5rem }
-th:first-child, td:first-child { position: sticky; left: 0; background: var(--page); text-align: left; max-width: 40vw;
-  white-space: normal }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--page); text-align: left; min-width: 8rem;
+  max-width: 40vw; white-space: normal; overflow-wrap: anywhere }
 tbody tr:hover td { background: var(--soft) }
 code, pre { font: .85rem/1.45 ui-monospace, monospace; background: var(--soft); border-radius: 4px }
 code { padding: .1em .3em }

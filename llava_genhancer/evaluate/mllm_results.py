@@ -171,7 +171,7 @@ def measure(column: Column, task: TaskRun) -> Measured:
     if column.unit != "question":  # a group of which too little was asked says nothing
         counts = {unit: own for unit, own in counts.items() if any(denominator for _, denominator in own)}
     items = [item for own in of_unit.values() for item in own]
-    array = np.array(list(counts.values()), dtype=np.int64).reshape(len(counts), -1, 2)
+    array = np.array(list(counts.values()), dtype=np.int64).reshape(len(counts), len(column.count([])), 2)
     measured = Measured(column, task, tuple(counts), array, len(items), sum(i["answer"] is None for i in items))
     told = task.metrics.get(f"{column.metric},none")
     if isinstance(told, int | float) and measured.percent is not None and abs(100 * told - measured.percent) > 1e-6:
