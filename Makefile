@@ -17,7 +17,7 @@ CODE := llava_genhancer tests benchmarks setup.py
 # The environment's tools first on PATH: DeepSpeed looks for ninja there.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test test-slow test-compat check format bench lock clean
+.PHONY: help install demo test test-slow test-compat check format bench bench-llava lock clean
 
 help:
 	@sed -n 's/^##  *//p' $(MAKEFILE_LIST)
@@ -40,7 +40,7 @@ demo: $(STAMP)
 
 ##  make test         the tests (ARGS="-k words" for some of them)
 test: $(STAMP)
-	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
 ##  make test-slow    the tests that take longer
 test-slow: $(STAMP)
@@ -65,6 +65,11 @@ format: $(STAMP)
 ##  make bench        where a training step's time goes (ARGS="--size full" on a GPU)
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/enhance_step.py $(or $(ARGS),--size tiny)
+
+##  make bench-llava  our LLaVA trainings beside llava-torch's own: tokens per second and memory
+bench-llava: $(STAMP)
+	@bash scripts/compat_env.sh $(COMPAT) $(VENV)
+	@$(BIN)/python benchmarks/llava_train.py --compat $(COMPAT)/bin/python $(ARGS)
 
 ##  make lock         write constraints.txt anew: the newest versions that pyproject.toml allows
 lock:
