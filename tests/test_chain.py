@@ -49,6 +49,23 @@ def test_both_towers_are_trained_on_the_same_data_in_folders_of_their_own() -> N
     )
 
 
+def test_lmms_eval_asks_each_model_that_was_trained() -> None:
+    steps = {step.name: step for step in plan(choices())}
+    words = list(steps["lmms"].command)
+    assert words[:3] == ["mllm", "run/baseline/llava-finetune/hf", "run/llava-finetune/hf"]
+    assert words[words.index("--labels") + 1 : words.index("--labels") + 3] == ["original", "enhanced"]
+    assert words[words.index("--output_dir") + 1] == "run/eval/lmms"
+    assert words[-1].endswith("benchmarks"), "its own small sets"
+    assert steps["lmms"].result == Path("run/eval/lmms/enhanced/provenance.json")
+    big = {step.name: step for step in plan(choices("vicuna-7b"))}["lmms"]
+    assert "--data" not in big.command, "from the hub"
+    assert sum("hf download" in need for need in big.needs) == 6
+    assert big.zero is None
+    local = {step.name: step for step in plan(choices("vicuna-7b", lmms_data=Path("/copies")))}["lmms"]
+    assert local.command[-2:] == ("--data", "/copies")
+    assert "/copies/nyu-visionx/CV-Bench" in local.needs[0]
+
+
 def test_fields_go_where_they_belong() -> None:
     assert split_fields({"seed": "3", "stage1.max_steps": "5", "llava.llm": "x"}) == (
         {"seed": "3", "stage1.max_steps": "5"},

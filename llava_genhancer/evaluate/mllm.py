@@ -67,7 +67,7 @@ def evaluate(
         if any(c in str(folder) for c in ",="):
             raise InputError(f"{folder}: lmms-eval takes no path with a comma or an equals sign")
         words = ["--model", MODEL, "--model_args", given, "--tasks", tasks, "--batch_size", str(batch_size)]
-        words += ["--output_path", str(output), "--log_samples", "--verbosity", "DEBUG"]
+        words += ["--output_path", str(output), "--log_samples"]
         words += ["--limit", str(limit)] if limit else []
         command = ["-m", "lmms_eval", *words]
         if processes > 1:

@@ -17,8 +17,8 @@ DATA = {
     "hallusionbench": "lmms-lab-encoder/HallusionBench",
 }
 QUESTIONS = {
-    "mmvp": 300, "mmvp_original_labels": 300, "cvbench": 2638, "naturalbench": 7600, "pope": 9000, "scienceqa_img": 2017,
-    "hallusionbench": 951,
+    "mmvp": 300, "mmvp_original_labels": 300, "cvbench": 2638, "naturalbench": 7600, "pope": 9000,
+    "scienceqa_img": 2017, "hallusionbench": 951,
 }  # fmt: skip
 
 

@@ -68,7 +68,8 @@ class TaskRun:
     @property
     def command(self) -> str:
         if command := self.facts.get("command"):
-            return shlex.join(map(str, command))
+            environment = (f"{k}={shlex.quote(v)}" for k, v in self.facts.get("environment", {}).items())
+            return " ".join([*environment, shlex.join(map(str, command))])
         given = self.settings.get("resolved_cli_args") or self.settings
         words = ["lmms-eval"]
         for name in SHOWN_ARGUMENTS:

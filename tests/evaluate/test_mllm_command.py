@@ -47,7 +47,7 @@ def test_a_checkpoint_is_asked_once(
     task = model.tasks["mmvp"]
     assert task.lmms_eval == "0.7.3"
     assert task.revision == revisions({"mmvp": {"dataset_path": str(benchmarks / "lmms-lab-eval/MMVP")}})["mmvp"]
-    assert task.command.startswith("python -m lmms_eval --model llava_genhancer --model_args pretrained=")
+    assert task.command.startswith(f"LLAVA_GENHANCER_DATA={benchmarks} python -m lmms_eval --model llava_genhancer ")
     assert not any(m.unparsed for m in model.columns.values()), "the likeliest option is one of them"
     capfd.readouterr()
     ask()
