@@ -74,7 +74,7 @@ class LlavaGenhancer(lmms):
                 raise InputError(f"--batch_size {batch_size}: give a number of questions")
             self.batch_size = int(batch_size)
             self.by_likelihood, self.normalise = answer == "likelihood", normalise
-            self.device = torch.device(device) if device else _own_device()
+            self.device = _own_device(device)
             folder = checkpoint_folder(str(pretrained))
             model, processor = load_llava(
                 folder,
@@ -232,11 +232,11 @@ def _check(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise InputError(f"--model_args {name}={value}: choose one of {', '.join(map(str, choices))}")
 
 
-def _own_device() -> torch.device:
-    """This process's GPU, or the CPU."""
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    )
+def _own_device(asked: str | None) -> torch.device:
+    """What was asked for; "cuda", or nothing where there is a GPU, means this process's own."""
+    if asked not in (None, "cuda") or not (asked or torch.cuda.is_available()):
+        return torch.device(asked or "cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def _text(target: Any, doc: Any) -> str:

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from llava_genhancer.errors import InputError
 from llava_genhancer.llava.conversation import (
     IGNORE_INDEX,
     IMAGE,
@@ -140,10 +141,10 @@ class Respondent:
 
         shared, seen = self._padded([p.shared for p in packs])
         cache = DynamicCache()
-        read = self.model.model(
-            input_ids=shared, attention_mask=seen, past_key_values=cache, use_cache=True, **pixels
-        ).last_hidden_state  # (B, P, D)
-        hidden = read[torch.arange(len(packs)), seen.sum(1) - 1][:, None]
+        # What pads a row on its right is seen by no token of it: no mask is needed here.
+        read = self.model.model(input_ids=shared, past_key_values=cache, use_cache=True, **pixels)
+        last = read.last_hidden_state[torch.arange(len(packs)), seen.sum(1) - 1]
+        hidden = last[:, None]
         if not any(p.ids for p in packs):
             return hidden
         ids, _ = self._padded([p.ids for p in packs])
@@ -181,7 +182,11 @@ class Respondent:
         return self._expanded(Encoded(ids, ids)).input_ids
 
     def _expanded(self, encoded: Encoded) -> Encoded:
-        """Ids and labels with each image's place as wide as what the tower makes of it."""
+        """Ids and labels with each image's place as wide as what the tower makes of it.
+
+        Raises:
+            InputError: the language model cannot read that much.
+        """
         config = self.model.config
 
         def wide(values: list[int], fill: int) -> list[int]:
@@ -192,7 +197,11 @@ class Respondent:
                 for x in ([fill] * config.image_seq_length if i == IMAGE_TOKEN_INDEX else [value])
             ]
 
-        return Encoded(wide(encoded.input_ids, config.image_token_id), wide(encoded.labels, IGNORE_INDEX))
+        row = Encoded(wide(encoded.input_ids, config.image_token_id), wide(encoded.labels, IGNORE_INDEX))
+        limit = config.text_config.max_position_embeddings
+        if len(row.input_ids) > limit:
+            raise InputError(f"a question with its images is {len(row.input_ids)} tokens long, the model reads {limit}")
+        return row
 
     def _pixels(self, asked: Sequence[Ask]) -> dict[str, Tensor]:
         """All questions' images in order, (N, 3, H, W); nothing if there are none."""

@@ -299,7 +299,11 @@ def test_errors_are_no_empty_answers(
     model: LlavaGenhancer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An image that cannot be read, a video, and what nobody foresaw: the status is not 0."""
-    for shown, said in (["/no/image.png"], "file not found"), ([b"video"], "takes images only"):
+    for shown, said in (
+        (["/no/image.png"], "file not found"),
+        ([b"video"], "takes images only"),
+        (PICTURES * 20, "tokens long, the model reads"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             model.generate_until(
                 [request("generate_until", "What?", {}, lambda d, shown=shown: shown, 0, "mine", "test")]
