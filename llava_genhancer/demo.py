@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from llava_genhancer.chain.needs import check_lmms_eval
 from llava_genhancer.chain.running import run
 from llava_genhancer.chain.steps import Choices, plan
 from llava_genhancer.errors import InputError
@@ -24,6 +25,7 @@ def demo(fields: Mapping[str, str], output_dir: Path, *, seeds: int = 1) -> int:
     """
     if seeds < 1:
         raise InputError(f"--seeds {seeds}: one at least")
+    check_lmms_eval()
     if seeds == 1:
         return _one(fields, output_dir)
     first = int(fields.get("seed", get_recipe("tiny").seed))

@@ -34,7 +34,7 @@ PYTHON = (3, 11)
 REQUIRED = {
     "torch": "2.8", "torchvision": "", "transformers": "5.20", "accelerate": "1.12", "diffusers": "0.36",
     "peft": "0.18", "safetensors": "0.4", "pillow": "9", "braceexpand": "0.1.7", "torchdata": "0.11",
-    "tensorboard": "2.18", "matplotlib": "3.9",
+    "tensorboard": "2.18", "matplotlib": "3.9", "markdown-it-py": "3",
 }  # fmt: skip
 SOMETIMES = {"deepspeed": "0.18", "datasets": "4.0", "sentencepiece": "0.2"}
 _UNBROKEN: Any = {"break_long_words": False, "break_on_hyphens": False}  # paths stay copyable

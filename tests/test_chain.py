@@ -232,3 +232,12 @@ def test_the_script_finds_the_package_and_hands_on_what_it_gets(tmp_path) -> Non
     assert missing.returncode == 2
     assert "make install" in missing.stderr
     assert missing.stderr.count("\n") == 1
+
+
+def test_without_lmms_eval_nothing_is_begun(monkeypatch) -> None:
+    from llava_genhancer.demo import demo
+
+    monkeypatch.setitem(sys.modules, "lmms_eval", None)
+    for begin in (lambda: command.check(choices()), lambda: demo({}, Path("nowhere"))):
+        with pytest.raises(InputError, match="lmms-eval is not installed"):
+            begin()

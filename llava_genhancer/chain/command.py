@@ -112,9 +112,9 @@ def check(choices: Choices) -> None:
     """What would stop the first step or a later one anyway, said before hours are spent.
 
     Raises:
-        InputError: no GPU, no images, no LLaVA data, no such tower, hostfile or fork, or one without our adapter.
+        InputError: no lmms-eval, GPU, images or LLaVA data, no such tower, hostfile or fork, or one without our adapter.
     """
-    from llava_genhancer.chain.needs import llava_data
+    from llava_genhancer.chain.needs import check_lmms_eval, llava_data
 
     for name, path in (
         ("--lmms_data", choices.lmms_data),
@@ -128,6 +128,7 @@ def check(choices: Choices) -> None:
         raise InputError(f"--tower {choices.tower} is not a folder")
     if choices.fork is not None:
         _check_fork(choices.fork, choices.fork_python)
+    check_lmms_eval()
     if not choices.gpus:
         return
     if choices.tower is None and choices.data is None:

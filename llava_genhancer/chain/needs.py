@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from llava_genhancer.errors import InputError
 from llava_genhancer.llava.recipes import LlavaRecipe
 
 LLAVA_DATA = Path("playground/data")  # where LLaVA's own scripts look
@@ -38,6 +40,16 @@ class Data:
         """What of it is not there."""
         folders = [self.images / folder for folder in self.folders]
         return [str(self.json)] * (not self.json.is_file()) + [str(f) for f in folders if not f.is_dir()]
+
+
+def check_lmms_eval() -> None:
+    """Before hours are spent on what it is to measure.
+
+    Raises:
+        InputError: lmms-eval is not installed.
+    """
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise InputError("lmms-eval is not installed, and the chain ends with it: pip install 'llava-genhancer[eval]'")
 
 
 def llava_data(preset: str, root: Path | None) -> dict[str, Data]:

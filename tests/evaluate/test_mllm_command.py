@@ -1,9 +1,9 @@
-"""`llava-genhancer mllm`: the real lmms-eval command on a tiny LLaVA and the toy world's own benchmarks."""
+"""`llava-genhancer mllm` beside the whole chain (test_demo.py): its refusals, the data's caches and revisions."""
 
 from __future__ import annotations
 
 import json
-import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,52 +11,20 @@ import pytest
 from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate.local_data import CACHE_VARIABLE, cache_folder
 from llava_genhancer.evaluate.mllm import evaluate, revisions
-from llava_genhancer.evaluate.mllm_results import read_models
 from llava_genhancer.toyworld.benchmarks import write_benchmarks
 
 pytest.importorskip("lmms_eval")
 
 
-@pytest.fixture(scope="module")
-def benchmarks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_benchmarks(tmp_path_factory.mktemp("benchmarks"), seed=7)
-
-
-@pytest.mark.launch
-def test_a_checkpoint_is_asked_once(
-    llava_folders: Path,
-    benchmarks: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+def test_an_evaluation_without_results_has_failed(
+    llava_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    tasks = "mmvp,scienceqa_img"
-
-    def ask() -> None:
-        evaluate(
-            [str(llava_folders)], tmp_path / "out", labels=["enhanced"], tasks=tasks, data=benchmarks, batch_size=8,
-            limit=8,
-        )  # fmt: skip
-
-    ask()
-    (model,) = read_models(tmp_path / "out")
-    assert model.label == "enhanced"
-    assert {name: m.n for name, m in model.columns.items()} == {"mmvp": 4, "scienceqa_img": 8}
-    task = model.tasks["mmvp"]
-    assert task.lmms_eval == "0.7.3"
-    assert task.revision == revisions({"mmvp": {"dataset_path": str(benchmarks / "lmms-lab-eval/MMVP")}})["mmvp"]
-    assert task.command.startswith(f"LLAVA_GENHANCER_DATA={benchmarks} python -m lmms_eval --model llava_genhancer ")
-    assert not any(m.unparsed for m in model.columns.values()), "the likeliest option is one of them"
-    capfd.readouterr()
-    ask()
-    assert "enhanced: done before" in capfd.readouterr().out
-    assert len(list((tmp_path / "out").rglob("*_results.json"))) == 1
-    os.utime(tmp_path / "out" / "enhanced" / "provenance.json", (1, 1))  # older than the checkpoint now
-    monkeypatch.setattr("sys.executable", "/bin/false")
-    with pytest.raises(InputError, match="ended with status 1 and 0 results"):
-        ask()
+    """lmms-eval reports most errors and then ends with status 0."""
+    for program, status in (("true", 0), ("false", 1)):
+        monkeypatch.setattr("sys.executable", shutil.which(program))
+        with pytest.raises(InputError, match=f"ended with status {status} and 0 results"):
+            evaluate([str(llava_folders)], tmp_path / "out")
+    assert not list(tmp_path.rglob("provenance.json"))
 
 
 @pytest.mark.parametrize(
