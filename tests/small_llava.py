@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 
 
-def write_llava_folders(folder: Path, *, dtype: torch.dtype = torch.float32, conversation: str = "v1") -> Path:
+def write_llava_folders(
+    folder: Path, *, llm: str = "toyworld:llama", tower: str = "toyworld:clip", conversation: str = "v1"
+) -> Path:
     """``hf/`` and ``llava/`` in ``folder``, the same weights in both, as a finetuning leaves them."""
     from llava_genhancer.llava.checkpoint import Checkpoint, raw_config
     from llava_genhancer.llava.hf import write_hf
@@ -13,7 +15,7 @@ def write_llava_folders(folder: Path, *, dtype: torch.dtype = torch.float32, con
     from llava_genhancer.llava.original import write_llava
     from llava_genhancer.llava.recipes import LlavaRecipe
 
-    recipe = LlavaRecipe(llm="toyworld:llama", tower="toyworld:clip")
+    recipe = LlavaRecipe(llm=llm, tower=tower)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         projector = {n: 4 * w for n, w in build_projector(llava_config(recipe)).state_dict().items()}
@@ -29,7 +31,7 @@ def write_llava_folders(folder: Path, *, dtype: torch.dtype = torch.float32, con
         conversation=conversation,
         image_mode="pad",
         vision_feature_layer=-2,
-        dtype=dtype,
+        dtype=torch.float32,
     )
     for name, write in (("hf", write_hf), ("llava", write_llava)):
         (folder / name).mkdir(parents=True)

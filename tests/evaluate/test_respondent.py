@@ -66,7 +66,7 @@ def pixels(asked: Respondent, ask: Ask) -> torch.Tensor | None:
 
 def whole(trained: Llava, asked: Respondent, ask: Ask, option: str) -> float:
     """The sum over one sequence, read whole."""
-    row = encode([Turn(ask.text, option)], "v1", load_tokenizer("toyworld:llama"))
+    row = encode([Turn(ask.text, option)], "v1", asked.tokenizer)
     ids, labels = (wide(trained, values, row.input_ids) for values in row)
     with torch.no_grad():
         steps = trained.logits(torch.tensor([ids]), pixels(asked, ask))[0, :-1].log_softmax(-1)
@@ -81,6 +81,24 @@ def test_as_each_whole_sequence_by_itself(asked: Respondent, trained: Llava) -> 
         for option, score in zip(options, own, strict=True):
             assert score.total == pytest.approx(whole(trained, asked, ask, option), abs=1e-4), option
     assert scores[1][2].mean == pytest.approx(scores[1][2].total / scores[1][2].tokens)
+
+
+def test_grouped_heads_and_another_vocabulary(tiny_clip: Path, tmp_path: Path) -> None:
+    """A language model whose queries share their keys, with words of many tokens: still as each sequence alone."""
+    from small_llama import write_llama
+    from small_llava import write_llava_folders
+
+    tiny_llama = write_llama(tmp_path / "llama")
+    folder = write_llava_folders(tmp_path / "run", llm=str(tiny_llama), tower=str(tiny_clip))
+    asked = respondent(folder)
+    assert asked.model.config.text_config.num_key_value_heads < asked.model.config.text_config.num_attention_heads
+    language = load_llm(str(tiny_llama), torch.float32)
+    language.load_state_dict(dict(read_llava(folder / "llava").language))
+    tower, projector = load_tower(str(tiny_clip), torch.float32), asked.model.model.multi_modal_projector
+    trained = Llava(asked.model.config, tower, projector, language).eval()
+    for ask, options, scores in zip(ASKED, OPTIONS, asked.score(ASKED, OPTIONS), strict=True):
+        for option, score in zip(options, scores, strict=True):
+            assert score.total == pytest.approx(whole(trained, asked, ask, option), abs=1e-4), option
 
 
 @pytest.mark.parametrize("form", ["hf", "llava"])
