@@ -112,7 +112,7 @@ def check(choices: Choices) -> None:
     """What would stop the first step or a later one anyway, said before hours are spent.
 
     Raises:
-        InputError: no lmms-eval, GPU, images or LLaVA data, no such tower, hostfile or fork, or one without our adapter.
+        InputError: no lmms-eval, GPU, images or LLaVA data, no such tower, hostfile or fork, or a fork without us.
     """
     from llava_genhancer.chain.needs import check_lmms_eval, llava_data
 

@@ -39,7 +39,7 @@ summary { cursor: pointer }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); gap: 1rem }
 figure { margin: 0; padding: .75rem; background: var(--soft); border-radius: 8px }
 figure img { width: 100% }
-figure img.small { image-rendering: pixelated }
+figure img.small { max-width: 12rem; image-rendering: pixelated }
 figcaption p { margin: .4rem 0; font-size: .9rem; line-height: 1.4 }
 .yes { color: var(--yes) }
 .no { color: var(--no) }

@@ -73,9 +73,11 @@ def evaluation(run_dirs: Sequence[Path], baseline: Path | None = None) -> Evalua
     if not models:
         return None
     if len(listed) > 1:
+        names = [run.resolve().name for run in listed]
         for run, own in of_run.items():
+            name = run.resolve().name
             for model in own:
-                model.label = f"{run.resolve().name}: {model.label}"
+                model.label = f"{name if names.count(name) == 1 else run}: {model.label}"
     found = Evaluation(models, base)
     for model in found.others if base is not None else ():
         pairs = ((name, base.columns.get(name), measured) for name, measured in model.columns.items())
@@ -187,19 +189,20 @@ def _link(words: str, path: Path, run_dir: Path) -> str:
 
 
 def _table2(found: Evaluation, run_dir: Path) -> str:
-    header = ["column", *(f"{llm} {METHOD_NAMES[m]}" for llm in LLMS for m in METHODS)]
     rows = []
     for column in COLUMNS:
-        cells = [f"{published(llm, method)[column.name]:.1f}" for llm in LLMS for method in METHODS]
-        for model in found.models:
-            m = model.columns.get(column.name)
-            if m is None or m.percent is None:
-                cells.append("")
-                continue
-            low_high = f" [{m.interval[0]:.1f}, {m.interval[1]:.1f}]" if m.interval else ""
-            cells.append(_link(f"{m.percent:.1f}", m.task.samples, run_dir) + low_high)
-        rows.append([column.title, *cells])
-    return table([*header, *(f"**{text(m.label)}**" for m in found.models)], rows)
+        own = [_cell(model.columns.get(column.name), run_dir) for model in found.models]
+        printed = [f"{published(llm, method)[column.name]:.1f}" for llm in LLMS for method in METHODS]
+        rows.append([column.title, *own, *printed])
+    labels = [f"**{text(model.label)}**" for model in found.models]
+    return table(["column", *labels, *(f"{llm} {METHOD_NAMES[m]}" for llm in LLMS for m in METHODS)], rows)
+
+
+def _cell(m: Measured | None, run_dir: Path) -> str:
+    if m is None or m.percent is None:
+        return ""
+    low_high = f" [{m.interval[0]:.1f}, {m.interval[1]:.1f}]" if m.interval else ""
+    return _link(f"{m.percent:.1f}", m.task.samples, run_dir) + low_high
 
 
 def _changes(found: Evaluation) -> str:

@@ -149,6 +149,11 @@ def test_several_runs_and_a_baseline(run: Path, tmp_path: Path) -> None:
     assert found.baseline is not None
     assert set(found.changes) == {"run: original", "run: enhanced"}
     assert all(c.difference == 0 and c.p == 1 for c in found.changes["run: enhanced"].values())
+    namesake = Path(shutil.copytree(run, tmp_path / "elsewhere" / "run"))
+    both = evaluation([run, namesake])
+    assert both is not None
+    assert len({m.label for m in both.models}) == 4
+    assert set(both.changes) == {f"{r}: {m}" for r in (run, namesake) for m in SEEDS} - {f"{run}: original"}
     (tmp_path / "empty" / "tower").mkdir(parents=True)
     with pytest.raises(InputError, match="empty holds no results of lmms-eval"):
         evaluation([run], tmp_path / "empty")
