@@ -52,6 +52,11 @@ def write_report(run_dir: str | Path, others: Sequence[str | Path] = (), *, base
     folders = [Path(run).expanduser() for run in (run_dir, *others, *([baseline] if baseline else []))]
     for folder in folders:
         _check(folder)
+    if baseline and not mllm_report.has_results(folders[-1]) and not (folders[-1] / mllm_report.FOLDER).is_dir():
+        raise InputError(
+            f"--baseline {baseline} holds no results of lmms-eval: evaluate its model into {baseline}/"
+            f"{mllm_report.FOLDER}, or leave --baseline out where {run_dir} holds an 'original'"
+        )
     first, *rest = folders
     return _write(first, rest[: len(others)], folders[-1] if baseline else None)
 

@@ -157,6 +157,8 @@ def test_several_runs_and_a_baseline(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty" / "tower").mkdir(parents=True)
     with pytest.raises(InputError, match="empty holds no results of lmms-eval"):
         evaluation([run], tmp_path / "empty")
+    with pytest.raises(InputError, match="empty holds no results of lmms-eval"):
+        write_report(run, baseline=tmp_path / "empty")
 
 
 def test_a_folder_of_lmms_eval_alone(run: Path) -> None:
