@@ -1,8 +1,9 @@
 """Tokens per second and memory of our two LLaVA trainings beside those of llava-torch's own trainer.
 
 The same language model, tower and LLaVA JSON of the toy world, the same batch, fp32, one process and one thread each;
-the two take turns as processes of their own, each in its own environment (`make test-compat` builds llava-torch's).
-A step is timed from the last one's end to its own by one callback in both, the first steps left out.
+each is a process of its own in its own environment (`make test-compat` builds llava-torch's). The two take turns step
+by step, one waiting while the other works, so that a busy machine is busy for both. One callback times the steps of
+both, data included, the first ones left out.
 
     python benchmarks/llava_train.py                  # a CPU, about ten minutes
     python benchmarks/llava_train.py --output F.json --stages finetune --repeats 3
@@ -19,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,35 +87,48 @@ def write_inputs(folder: Path, size: Size, samples: int) -> None:
         path.write_text(json.dumps(json.loads(path.read_text())[:samples]))
 
 
-def train(trainer: str, stage: str, python: str, folder: Path) -> dict[str, Any]:
-    """One training in a process of its own: what `llava_worker.py` saw.
+def train(stage: str, pythons: dict[str, str], folder: Path, first: str) -> dict[str, dict[str, Any]]:
+    """Both trainings at once, step by step in turns: what `llava_worker.py` saw of each.
 
     Raises:
-        RuntimeError: the training failed, with the end of what it said.
+        RuntimeError: a training failed, with the end of what it said.
     """
-    result = folder / "result.json"
-    command = [
-        python,
-        str(HERE / "llava_worker.py"),
-        trainer,
-        stage,
-        str(folder),
-        str(folder / "job.json"),
-        str(result),
-    ]
     environment = {
         **os.environ,
-        "PYTHONPATH": str(HERE.parent) if trainer == "ours" else "",
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{trainer}, {stage}: exit status {done.returncode}\n{done.stderr[-4000:]}")
-    return json.loads(result.read_text())
+    pipes = {name: os.pipe() for name in TRAINERS}
+    running: dict[str, subprocess.Popen] = {}
+    try:
+        for name, other in zip(TRAINERS, reversed(TRAINERS), strict=True):
+            turns = (pipes[name][0], pipes[other][1])
+            command = [pythons[name], str(HERE / "llava_worker.py"), name, stage, str(folder)]
+            command += [str(folder / f"{name}.json"), *map(str, turns)]
+            path = {"PYTHONPATH": str(HERE.parent) if name == "ours" else ""}
+            with open(folder / f"{name}.log", "w") as said:
+                running[name] = subprocess.Popen(
+                    command, env=environment | path, stdout=said, stderr=subprocess.STDOUT, pass_fds=turns
+                )
+        os.write(pipes[first][1], b"x")
+        while any(process.poll() is None for process in running.values()):
+            if any(process.returncode for process in running.values()):
+                break  # the other one would wait for its turn for ever
+            time.sleep(0.1)
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
+        for descriptor in sum(pipes.values(), ()):
+            os.close(descriptor)
+    for name in sorted(running, key=lambda name: -running[name].returncode):  # who failed, before who was ended for it
+        if running[name].returncode:
+            said_last = (folder / f"{name}.log").read_text()[-4000:]
+            raise RuntimeError(f"{name}, {stage}: exit status {running[name].returncode}\n{said_last}")
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in TRAINERS}
 
 
 def figures(seen: dict[str, Any], warmup: int) -> dict[str, Any]:
@@ -143,14 +158,14 @@ def compare(pairs: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
 
 
 def measure_stage(stage: str, pythons: dict[str, str], folder: Path, *, repeats: int, warmup: int) -> dict[str, Any]:
-    """``repeats`` pairs of trainings, the other one first every second time.
+    """``repeats`` pairs of trainings, theirs first every second time.
 
     Raises:
         RuntimeError: a training failed, or the two did not train on the same tokens.
     """
     pairs, facts = [], {}
     for repeat in range(repeats):
-        seen = {name: train(name, stage, pythons[name], folder) for name in TRAINERS[:: -1 if repeat % 2 else 1]}
+        seen = train(stage, pythons, folder, TRAINERS[repeat % 2])
         tokens = {name: sum(seen[name]["tokens"]) for name in TRAINERS}
         if tokens["ours"] != tokens["theirs"]:
             raise RuntimeError(f"{stage}: an epoch has {tokens['ours']} tokens in ours, {tokens['theirs']} in theirs")
@@ -189,8 +204,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=tuple(SIZES), default="small")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--batch", type=int, default=8, help="samples per step")
-    parser.add_argument("--steps", type=int, default=16, help="of a training, an epoch")
-    parser.add_argument("--warmup", type=int, default=3, help="steps left out at the beginning")
+    parser.add_argument("--steps", type=int, default=12, help="of a training, an epoch")
+    parser.add_argument("--warmup", type=int, default=2, help="steps left out at the beginning")
     parser.add_argument("--repeats", type=int, default=4, help="pairs of trainings per stage")
     parser.add_argument("--compat", metavar="PYTHON", default=str(COMPAT), help="llava-torch's environment")
     parser.add_argument("--output", metavar="JSON", help="write the figures here")

@@ -2,7 +2,9 @@
 
 Runs in either environment: transformers 4.37 and 5 call the same hooks, so both are timed by the same lines.
 
-    python llava_worker.py ours|theirs pretrain|finetune FOLDER JOB.json RESULT.json
+    python llava_worker.py ours|theirs pretrain|finetune FOLDER RESULT.json TURN_IN TURN_OUT
+
+The last two are pipes: a step waits for a byte from the one, and its end puts a byte into the other.
 """
 
 from __future__ import annotations
@@ -24,24 +26,38 @@ IMAGE_TOKEN_INDEX = -200  # of both
 
 
 class Watch(TrainerCallback):
-    """Time at the end of every step, real tokens of every batch, and memory.
+    """Seconds of every step, its data included, real tokens of every batch, and memory.
 
     Args:
         tokens_per_image: places that an image takes in the language model's input.
+        turns: descriptors to read a turn from and to write it to; without them no step waits.
     """
 
-    def __init__(self, tokens_per_image: int):
-        self.tokens_per_image = tokens_per_image
-        self.wall: list[float] = []
-        self.cpu: list[float] = []
+    def __init__(self, tokens_per_image: int, turns: tuple[int, int] | None = None):
+        self.tokens_per_image, self.turns = tokens_per_image, turns
+        self.begun = (0.0, 0.0)
+        self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
         self.tokens: list[int] = []
         self.losses: list[float] = []
         self.memory: dict[str, int] = {}
 
-    def mark(self) -> None:
-        """Note the time, on the wall and of this process alone."""
-        self.wall.append(time.perf_counter())
-        self.cpu.append(time.process_time())
+    def begin(self) -> None:
+        """Wait for the turn, then start the clocks: the wall's, and of this process alone."""
+        if self.turns is not None:
+            os.read(self.turns[0], 1)
+        self.begun = (time.perf_counter(), time.process_time())
+
+    def end(self) -> None:
+        """Stop the clocks and give the turn away."""
+        self.seconds.append(time.perf_counter() - self.begun[0])
+        self.cpu_seconds.append(time.process_time() - self.begun[1])
+        self.give()
+
+    def give(self) -> None:
+        """The other one's turn."""
+        if self.turns is not None:
+            os.write(self.turns[1], b"x")
 
     def count(self, inputs: dict[str, Any]) -> None:
         """Padding aside, with images as long as the language model sees them: ours comes so, theirs as one token."""
@@ -52,23 +68,25 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.memory["start_bytes"] = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-        self.mark()
+        self.begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.mark()
+        self.end()
+        self.begin()  # after the last step too: what this one writes then must not disturb the other one's step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in logs:
             self.losses.append(float(logs["loss"]))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.give()
         self.memory["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def result(self) -> dict[str, Any]:
         """What was seen, step by step."""
         return {
-            "seconds": [b - a for a, b in zip(self.wall, self.wall[1:], strict=False)],
-            "cpu_seconds": [b - a for a, b in zip(self.cpu, self.cpu[1:], strict=False)],
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "tokens": self.tokens,
             "losses": self.losses,
             **self.memory,
@@ -152,11 +170,11 @@ def theirs(stage: str, folder: Path, job: dict[str, Any], output: str) -> None:
     train()
 
 
-def main(trainer: str, stage: str, folder: str, job_file: str, result_file: str) -> None:
+def main(trainer: str, stage: str, folder: str, result_file: str, turn_in: str, turn_out: str) -> None:
     """Train and write what the watch saw."""
-    job = json.loads(Path(job_file).read_text())
+    job = json.loads(Path(folder, "job.json").read_text())
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    watch = Watch(job["tokens_per_image"])
+    watch = Watch(job["tokens_per_image"], (int(turn_in), int(turn_out)))
     watch_trainers(watch)
     with tempfile.TemporaryDirectory() as output:
         {"ours": ours, "theirs": theirs}[trainer](stage, Path(folder), job, output)

@@ -75,28 +75,61 @@ def test_both_forms_of_a_batch_have_the_same_tokens(benchmark) -> None:
 def test_trainers_take_turns_on_the_same_tokens(benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
-    def train(trainer: str, *rest: Any) -> dict[str, Any]:
-        order.append(trainer)
-        return SEEN
+    def train(stage: str, pythons: Any, folder: Path, first: str) -> dict[str, Any]:
+        order.append(first)
+        return {"ours": SEEN, "theirs": SEEN}
 
     monkeypatch.setattr(benchmark, "train", train)
-    pythons = {"ours": "a", "theirs": "b"}
-    result = benchmark.measure_stage("pretrain", pythons, Path(), repeats=3, warmup=1)
-    assert order == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
+    result = benchmark.measure_stage("pretrain", {}, Path(), repeats=3, warmup=1)
+    assert order == ["ours", "theirs", "ours"]
     assert result["tokens_per_epoch"] == 900
     assert result["versions"]["theirs"] == {"torch": "2", "transformers": "4"}
 
-    monkeypatch.setattr(benchmark, "train", lambda trainer, *_: {**SEEN, "tokens": [len(trainer)] * 4})
-    with pytest.raises(RuntimeError, match="an epoch has 16 tokens in ours, 24 in theirs"):
-        benchmark.measure_stage("pretrain", pythons, Path(), repeats=1, warmup=1)
+    monkeypatch.setattr(benchmark, "train", lambda *_: {"ours": SEEN, "theirs": {**SEEN, "tokens": [24]}})
+    with pytest.raises(RuntimeError, match="an epoch has 900 tokens in ours, 24 in theirs"):
+        benchmark.measure_stage("pretrain", {}, Path(), repeats=1, warmup=1)
+
+
+def test_steps_take_turns(benchmark) -> None:
+    """Each step waits for the other one's, and after the last ones both go on."""
+    from threading import Thread
+
+    from llava_worker import Watch
+
+    pipes = {name: os.pipe() for name in "ab"}
+    watches = {name: Watch(1, (pipes[name][0], pipes[other][1])) for name, other in ("ab", "ba")}
+    order: list[str] = []
+
+    def train(name: str) -> None:
+        watch = watches[name]
+        watch.on_train_begin(None, None, None)
+        for _ in range(3):
+            order.append(name)
+            watch.on_step_end(None, None, None)
+        watch.on_train_end(None, None, None)
+
+    threads = [Thread(target=train, args=name, daemon=True) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    os.write(pipes["b"][1], b"x")
+    for thread in threads:
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+    assert order == list("bababa")
+    assert all(len(watch.result()["seconds"]) == 3 for watch in watches.values())
+    for descriptor in sum(pipes.values(), ()):
+        os.close(descriptor)
 
 
 def test_a_failed_training_says_why(benchmark, tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho no such tower >&2\nexit 3\n")
-    python.chmod(0o755)
+    pythons = {}
+    for name, body in {"ours": "exec sleep 60", "theirs": "echo no such tower >&2; exit 3"}.items():
+        python = tmp_path / name
+        python.write_text(f"#!/bin/sh\n{body}\n")
+        python.chmod(0o755)
+        pythons[name] = str(python)
     with pytest.raises(RuntimeError, match=r"theirs, finetune: exit status 3\nno such tower"):
-        benchmark.train("theirs", "finetune", str(python), tmp_path)
+        benchmark.train("finetune", pythons, tmp_path, "ours")
 
 
 @pytest.mark.parametrize(
