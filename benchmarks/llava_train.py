@@ -5,7 +5,7 @@ each is a process of its own in its own environment (`make test-compat` builds l
 by step, one waiting while the other works, so that a busy machine is busy for both. One callback times the steps of
 both, data included, the first ones left out.
 
-    python benchmarks/llava_train.py                  # a CPU, about ten minutes
+    python benchmarks/llava_train.py                  # a CPU, seven minutes
     python benchmarks/llava_train.py --output F.json --stages finetune --repeats 3
 """
 
