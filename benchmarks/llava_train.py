@@ -114,9 +114,9 @@ def train(stage: str, pythons: dict[str, str], folder: Path, first: str) -> dict
                     command, env=environment | path, stdout=said, stderr=subprocess.STDOUT, pass_fds=turns
                 )
         os.write(pipes[first][1], b"x")
-        while any(process.poll() is None for process in running.values()):
-            if any(process.returncode for process in running.values()):
-                break  # the other one would wait for its turn for ever
+        while None in (states := [process.poll() for process in running.values()]):
+            if any(states):
+                break  # one failed, and the other one would wait for its turn for ever
             time.sleep(0.1)
     finally:
         for process in running.values():
