@@ -24,6 +24,7 @@ from transformers import TrainingArguments
 
 from llava_genhancer import run
 from llava_genhancer.errors import InputError, reason
+from llava_genhancer.resources import resource_dir
 from llava_genhancer.trainer import FINAL_FILE, ExactTrainer
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,10 @@ def check_deepspeed(path: str | None) -> None:
     if path is None:
         return
     if not Path(path).is_file():
-        raise InputError(f"--deepspeed {path} does not exist; configs/deepspeed/ has zero1, zero2, zero3")
+        raise InputError(
+            f"--deepspeed {path} does not exist; {resource_dir('configs') / 'deepspeed'} has zero1, zero2, zero3 and "
+            "zero3_offload"
+        )
     settings = run.read_json(path)
     zero = settings.get("zero_optimization", {}) if isinstance(settings, dict) else None
     if not isinstance(zero, dict):

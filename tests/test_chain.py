@@ -241,3 +241,17 @@ def test_without_lmms_eval_nothing_is_begun(monkeypatch) -> None:
     for begin in (lambda: command.check(choices()), lambda: demo({}, Path("nowhere"))):
         with pytest.raises(InputError, match="lmms-eval is not installed"):
             begin()
+
+
+def test_a_field_of_the_trainings_without_its_prefix_is_told_its_name() -> None:
+    with pytest.raises(InputError, match=r"write --llava\.llm"):
+        plan(choices("vicuna-7b", fields={"llm": "somewhere"}))
+
+
+def test_the_plan_says_what_from_leaves_out() -> None:
+    chosen = choices("vicuna-7b")
+    words = running.show(plan(chosen), chosen, "finetune")
+    assert "pretrain  (left out)" in words
+    assert "finetune  (left out)" not in words
+    with pytest.raises(InputError, match="this plan has the steps enhance"):
+        running.show(plan(chosen), chosen, "nonsense")

@@ -81,7 +81,7 @@ def _main(argv: list[str]) -> int:
         fields=fields(rest),
     )
     steps = plan(choices)
-    print(show(steps, choices), flush=True)
+    print(show(steps, choices, args.start), flush=True)
     if args.dry_run:
         return 0
     check(choices)
@@ -124,8 +124,14 @@ def check(choices: Choices) -> None:
     ):
         if path is not None and not Path(path).exists():
             raise InputError(f"{name} {path} does not exist")
-    if choices.tower is not None and choices.tower.startswith((".", "/")) and not Path(choices.tower).is_dir():
+    tower = Path(choices.tower or ".")
+    if not tower.is_dir() and (str(choices.tower).startswith((".", "/")) or tower.parent.is_dir()):  # else a hub id
         raise InputError(f"--tower {choices.tower} is not a folder")
+    if choices.mmvp is not None and not (Path(choices.mmvp) / "Questions.csv").is_file():
+        raise InputError(
+            f"--mmvp {choices.mmvp} holds no Questions.csv: hf download MMVP/MMVP_VLM --repo-type dataset "
+            f"--local-dir {choices.mmvp}"
+        )
     if choices.fork is not None:
         _check_fork(choices.fork, choices.fork_python)
     check_lmms_eval()

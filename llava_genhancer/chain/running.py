@@ -32,13 +32,27 @@ def words_of(step: Step, choices: Choices) -> list[str]:
     return [*launcher, *step.command, "--deepspeed", zero]
 
 
-def show(steps: Sequence[Step], choices: Choices) -> str:
-    """The plan in words: each step's needs and command."""
+def first(steps: Sequence[Step], start: str | None) -> int:
+    """The number of the step called ``start``; 0 without one.
+
+    Raises:
+        InputError: no step is called so.
+    """
+    names = [step.name for step in steps]
+    if start is not None and start not in names:
+        raise InputError(f"--from {start}: this plan has the steps {', '.join(names)}")
+    return names.index(start) if start else 0
+
+
+def show(steps: Sequence[Step], choices: Choices, start: str | None = None) -> str:
+    """The plan in words: each step's needs and command, and which steps ``start`` leaves out."""
+    left_out = steps[: first(steps, start)]
     lines = [f"{choices.preset}: {', '.join(step.name for step in steps)} -> {choices.run_dir}"]
     if choices.preset == "tiny":
         lines.append(f"needs {TINY_NEEDS} ({cache_folder()})")
     for step in steps:
-        lines.append(f"\n{step.name}" + ("  (done before)" if step.done_before() else ""))
+        why = "  (left out)" if step in left_out else "  (done before)" if step.done_before() else ""
+        lines.append(f"\n{step.name}{why}")
         lines += [f"  {need}" for need in step.needs]
         place = f"cd {shlex.quote(str(step.fork))} && " if step.fork else ""
         lines.append(f"  $ {place}{shlex.join(words_of(step, choices))}")
@@ -54,14 +68,12 @@ def run(steps: Sequence[Step], choices: Choices, start: str | None = None) -> in
     Raises:
         InputError: no step is called ``start``.
     """
-    names = [step.name for step in steps]
-    if start is not None and start not in names:
-        raise InputError(f"--from {start}: this plan has the steps {', '.join(names)}")
+    asked = steps[first(steps, start) :]
     if choices.preset == "tiny":
         from llava_genhancer.toyworld.writers import prepare
 
         prepare()
-    for step in steps[names.index(start) if start else 0 :]:
+    for step in asked:
         if step.done_before():
             print(f"== {step.name}: done before ({step.result})", flush=True)
             continue

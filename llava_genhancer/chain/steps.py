@@ -122,6 +122,10 @@ def split_fields(fields: Mapping[str, str]) -> tuple[dict[str, str], dict[str, s
     """Fields of the enhancement, and those of LLaVA's trainings (``llava.NAME``); ``seed`` goes to both."""
     llava = {name.removeprefix(LLAVA): value for name, value in fields.items() if name.startswith(LLAVA)}
     ours = {name: value for name, value in fields.items() if not name.startswith(LLAVA)}
+    known, theirs = recipes.field_types(recipes.Recipe), recipes.field_types(llava_recipes.LlavaRecipe)
+    for name in ours:
+        if name not in known and name in theirs:
+            raise InputError(f"--{name} is a field of LLaVA's trainings: write --{LLAVA}{name}")
     return ours, ({"seed": ours["seed"]} if "seed" in ours else {}) | llava
 
 

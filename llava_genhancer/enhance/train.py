@@ -60,6 +60,7 @@ def enhance(
     if recipe.data is None:
         raise InputError("no images given: add --data PATH (tar shards, image folder, HF dataset or LLaVA JSON)")
     engine.check_deepspeed(deepspeed)
+    engine.accumulation(recipe.global_batch_size, recipe.per_device_batch_size)  # refused before a manifest says it
     check_backbone(recipe.backbone)
     check_vae(recipe.vae)
     source = open_source(recipe.data, image_folder=recipe.image_folder)

@@ -24,7 +24,6 @@ from llava_genhancer.evaluate.words import duration, fields, flat, mmvp_table, n
 from llava_genhancer.run import MANIFEST, read_json, write_json, write_text
 
 STAGES = (1, 2)
-WRITTEN = {"report.md", "report.html", "report.json", "figures", "tables"}
 PARTS = (MANIFEST, "stage1", "stage2", "tower", "eval", "llava-pretrain", "llava-finetune")
 FIGURES = ("loss.png", "t_density.png", "reconstructions.png", "mmvp_vlm.png", "probes.png", llava_report.FIGURE)
 GRID_ROWS, GRID_COLUMNS, KEYS_SHOWN = 6, 8, 20
@@ -65,7 +64,7 @@ def _check(run_dir: Path) -> None:
     if not run_dir.is_dir():
         raise InputError(f"{run_dir} is not a folder: give a run's output folder")
     there = {p.name for p in run_dir.iterdir() if not p.name.startswith(".")}
-    if there.isdisjoint(PARTS) and not there <= WRITTEN and not mllm_report.has_results(run_dir):
+    if there.isdisjoint(PARTS) and not mllm_report.has_results(run_dir):
         raise InputError(
             f"{run_dir} is not a run folder: it has none of {', '.join(PARTS)}, and no results of lmms-eval"
         )

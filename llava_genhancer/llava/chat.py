@@ -100,7 +100,10 @@ def load_llava(
 
     folder = Path(checkpoint)
     if not (folder / "config.json").is_file():
-        raise InputError(f"{checkpoint} is not a checkpoint: no config.json there")
+        raise InputError(
+            f"{checkpoint} is not a checkpoint: no config.json there; give a local folder, for instance "
+            "RUN/llava-finetune/hf"
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if run.read_json(folder / "config.json").get("model_type") == "llava" and any(folder.glob("processor*.json")):

@@ -24,7 +24,7 @@ from llava_genhancer.llava.batches import build_loader
 from llava_genhancer.llava.conversation import get_template
 from llava_genhancer.llava.export import export_step
 from llava_genhancer.llava.model import Llava, build_llava, llava_config, local
-from llava_genhancer.llava.recipes import LlavaRecipe, LlavaStep, harmless_fields
+from llava_genhancer.llava.recipes import STEPS, LlavaRecipe, LlavaStep, harmless_fields
 from llava_genhancer.llava.samples import read_samples
 from llava_genhancer.tower.export import is_tower, read_marker
 from llava_genhancer.trainer import FINAL_FILE, ExactTrainer
@@ -91,7 +91,8 @@ def _check(recipe: LlavaRecipe, step: str, deepspeed: str | None) -> None:
     table = recipe.step(step)
     if table.data is None and table.max_steps != 0:
         raise InputError(f"no data given: add --{step}.data FILE.json and --{step}.image_folder DIR (LLaVA's JSON)")
-    get_template(table.conversation)
+    for name in STEPS:  # the other step's too: nobody wants to learn of it hours later
+        get_template(recipe.step(name).conversation)
     engine.check_deepspeed(deepspeed)
     engine.accumulation(table.global_batch_size, table.per_device_batch_size)
     llava_config(recipe)

@@ -149,6 +149,9 @@ def test_noise_is_called_noise_and_more_is_called_more(tmp_path):
 
 
 def test_an_empty_run_says_what_is_missing(tmp_path):
+    with pytest.raises(InputError, match="is not a run folder"):  # nothing is written into a stranger's folder
+        write_report(tmp_path)
+    (tmp_path / "eval").mkdir()
     words = write_report(tmp_path).read_text()
     for name in ("manifest.json", "stage1/result", "stage2/log", "stage1/samples", r"eval/mmvp\_vlm.json"):
         assert name.replace("_", "\\_").replace("\\\\", "\\") in words, name

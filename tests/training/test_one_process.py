@@ -291,6 +291,12 @@ def test_bad_input_is_one_line_and_status_2(tiny_fields, tmp_path, capsys, chang
     assert "Traceback" not in err
 
 
+def test_a_refused_batch_leaves_no_folder_of_another_recipe(tiny_fields, tmp_path) -> None:
+    with pytest.raises(InputError, match="not a multiple of"):
+        enhance(recipe_from(tiny_fields, global_batch_size=10), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_repeats_from_its_manifest(finished, tmp_path, capsys) -> None:
     status, _ = run_cli(
         capsys, "enhance", "--config", str(finished / "manifest.json"), "--output_dir", str(tmp_path / "again")
