@@ -36,6 +36,7 @@ def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PAIRS_PER_PATTERN", "GROUPS", "PER_PART", "PER_CATEGORY", "SCIENCE", "SETS"):
         monkeypatch.setattr(benchmarks, name, 2)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache" / "hub"))
+    monkeypatch.delenv("LMMS_EVAL_DATASETS_CACHE", raising=False)  # the plug-in chooses one where it was loaded before
     few = functools.partial(probes.run_probes, train_scenes=60, test_scenes=30)
     monkeypatch.setattr(probes, "run_probes", few)
 

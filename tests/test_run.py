@@ -282,8 +282,11 @@ def test_a_forked_worker_does_not_hold_the_lock(tmp_path) -> None:
     with run.exclusive(tmp_path):
         worker = os.fork()
         if not worker:
+            (tmp_path / "worker").touch()  # by now it has closed what it inherited
             time.sleep(60)
             os._exit(0)
+        while not (tmp_path / "worker").exists():
+            time.sleep(0.01)
     try:
         with run.exclusive(tmp_path):
             pass
