@@ -19,4 +19,6 @@ fi
   echo "enhance_then_llava: $python has no llava_genhancer: run make install, or name an interpreter with PYTHON=..." >&2
   exit 2
 }
+# One thread: the toy world's matrices are too small for more, and its figures then depend on no number of cores.
+[ "${1:-}" != tiny ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "$python" -m llava_genhancer.chain "$@"
