@@ -1,7 +1,7 @@
 # Everything a person runs here. Each target starts from a bare clone: it installs first where that is missing.
 #
 #   make install   .venv with everything (Python 3.11 or newer; PYTHON=... chooses one)
-#   make demo      enhance the tiny CLIP, measure it, report: no download, minutes on a CPU
+#   make demo      enhance the tiny CLIP, train a tiny LLaVA without and with it, report: no download, minutes on a CPU
 #   make test      the tests; make check: format, lint, types
 #   make help      the rest
 

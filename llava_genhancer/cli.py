@@ -339,7 +339,8 @@ def _report(args: Any) -> None:
         from llava_genhancer.enhance.export import write_card
 
         write_card(run_dir / "tower", run_dir)  # it says what was measured
-    print(f"report: {write_report(run_dir, others, baseline=args.baseline)}")
+    report = write_report(run_dir, others, baseline=args.baseline)
+    print(f"report:   {report}, and as one page {report.with_suffix('.html')}\npictures: {report.parent / 'figures'}")
 
 
 def _demo(args: Any) -> int:
