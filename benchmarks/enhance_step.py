@@ -49,7 +49,7 @@ def build(recipe: Recipe, stage: int, device: torch.device) -> tuple[Any, Any, c
     from diffusers import AutoencoderKL
 
     from llava_genhancer.enhance.backbones import FULL_MODELS, VisionBackbone, add_lora
-    from llava_genhancer.enhance.conditions import PROJECTORS
+    from llava_genhancer.enhance.conditions import Projector
     from llava_genhancer.enhance.denoisers.flow import FlowDenoiser
     from llava_genhancer.enhance.enhancer import Enhancer
     from llava_genhancer.enhance.stages import trainable_names
@@ -70,7 +70,7 @@ def build(recipe: Recipe, stage: int, device: torch.device) -> tuple[Any, Any, c
         target = VaeTarget(vae, recipe.vae_posterior)
         full = getattr(transformers, FULL_MODELS[config.model_type])(config)
         backbone = VisionBackbone(full, [0.5] * 3, [0.5] * 3, image_size=recipe.image_size)
-        projector = PROJECTORS[recipe.condition](backbone.token_dim, recipe.vec_dim, recipe.txt_dim)
+        projector = Projector(recipe, backbone.token_dim)
         denoiser = FlowDenoiser(recipe, target.channels, target.latent_side(backbone.image_size))
     if "backbone" in costs.stage_recipe(recipe, stage).trains and recipe.lora_rank:
         add_lora(backbone, recipe)
@@ -194,13 +194,13 @@ def measure_stage(
     latents = target.encode(images)
     eye_learns = any(p.requires_grad for p in enhancer.backbone.parameters())
     with autocast(), torch.no_grad():
-        token = enhancer.backbone(enhancer.backbone.normalise(images))
+        token = enhancer.tokens(enhancer.backbone.normalise(images))
     pull = torch.randn_like(token)  # stands for the denoiser's gradient
     token = token.detach().requires_grad_(eye_learns)
 
     def backbone() -> None:
         with autocast():
-            seen = enhancer.token(enhancer.backbone.normalise(images))
+            seen = enhancer.tokens(enhancer.backbone.normalise(images))
         if eye_learns:
             seen.backward(pull)
 

@@ -258,7 +258,7 @@ def _recipes(args: Any) -> None:
             print(f"{name:20} {r.backbone:42} stage 1 {r.stage1.max_steps:>6} steps, stage 2 {r.stage2.max_steps:>5}")
         return
     recipe = recipes.get_recipe(args.recipe)
-    values, helps = recipes.to_dict(recipe), recipes.field_help()
+    values, helps = recipes.to_dict(recipe), recipes.field_help(recipes.Recipe)
     if args.json:
         print(json.dumps(values, indent=2))
         return

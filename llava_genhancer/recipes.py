@@ -1,32 +1,36 @@
-"""Recipes: everything a run depends on, named, typed and printable.
+"""Recipes: everything an enhancement depends on, named, typed and printable.
 
-A recipe is a flat, frozen dataclass; the two stages are one nested table each. ``get_recipe("openai-l14-224")`` returns
-the paper's numbers, ``override`` changes fields by name and refuses what it does not know, ``to_dict``/``from_dict``
-carry a recipe through ``manifest.json`` without loss. Nothing in this file imports torch.
+``get_recipe("openai-l14-224")`` returns the paper's numbers, with a suffix (``-masked``, ``-diva``, ...) those of
+another method. What all recipes share (``override``, ``to_dict``, ...) is in ``fields.py``. Nothing in this file
+imports torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-import math
-import types
-import typing
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from llava_genhancer.errors import InputError
+from llava_genhancer.fields import (
+    R,
+    differences,
+    field_help,
+    field_types,
+    from_dict,
+    option,
+    override,
+    suggest,
+    to_dict,
+)
 
-T = TypeVar("T")
-R = TypeVar("R")  # a recipe class: Recipe here, LlavaRecipe in llava/recipes.py
+__all__ = [
+    "PARADIGMS", "READ_BY", "RECIPES", "R", "Recipe", "StageRecipe", "differences", "field_help", "field_types",
+    "from_dict", "get_recipe", "option", "override", "suggest", "to_dict",
+]  # fmt: skip
+
 PARTS = ("backbone", "projector", "denoiser")
-
-
-def option(default: T, help: str) -> T:
-    """A dataclass field with a default and the sentence that documents it (``--help`` and ``recipes`` print it)."""
-    return typing.cast(T, field(default=default, metadata={"help": help}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +38,7 @@ class StageRecipe:
     """One training stage: what learns, how fast, for how long."""
 
     trains: tuple[str, ...] = option(("projector", "denoiser"), "parts that learn: backbone, projector, denoiser")
-    learning_rate: float = option(1e-4, "peak learning rate of AdamW")
+    learning_rate: float = option(1e-4, "peak learning rate")
     max_steps: int = option(100_000, "optimizer steps; 0 skips the stage")
     lr_scheduler: Literal["constant", "cosine"] = option("constant", "schedule after the warm-up")
     warmup_steps: int = option(0, "linear warm-up; the reference states 10 and ignores it, so the paper's runs had 0")
@@ -60,13 +64,32 @@ class StageRecipe:
 # What a field must be where its type alone says too little.
 POSITIVE_COUNTS = (
     "global_batch_size", "per_device_batch_size", "sample_ode_steps", "shuffle_block", "denoiser_heads",
-    "denoiser_head_dim", "vec_dim", "txt_dim",
+    "denoiser_head_dim", "vec_dim", "txt_dim", "draws_per_image",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "num_workers", "lora_rank", "lora_alpha", "sample_images", "seed", "max_grad_norm", "weight_decay",
-    "denoiser_layers", "denoiser_single_layers",
+    "denoiser_layers", "denoiser_single_layers", "align_weight",
 )  # fmt: skip
 MAX_SEED = 2**32 - 100  # numpy takes 32 bits, and the stages count on from it
+# Fields that only some denoisers read; under another one they must keep their default.
+READ_BY = {
+    "vae": ("flow", "unet"),
+    "vae_posterior": ("flow", "unet"),
+    "vq": ("masked",),
+    "mask_ratio": ("masked",),
+    "denoiser_weights": ("flow", "unet"),
+    "denoiser_single_layers": ("flow",),
+    "denoiser_rope_axes": ("flow",),
+    "vec_dim": ("flow",),
+    "guidance": ("flow",),
+    "t_sampling": ("flow",),
+    "t_scale": ("flow",),
+    "t_shift": ("flow",),
+    "t_dtype": ("flow",),
+    "objective": ("flow", "unet"),
+    "contrast_temperature": ("flow", "unet"),
+    "draws_per_image": ("flow", "unet"),
+}
 PAPER_SNAPSHOTS = (50, 100, 200, 300, 500, 1000, 2000, 3000, *range(3500, 10_001, 500))
 
 
@@ -85,25 +108,47 @@ class Recipe:
         "openai/clip-vit-large-patch14", "folder or hub id of a CLIPModel, SiglipModel, Siglip2Model"
     )
     image_size: int | None = option(None, "training resolution in pixels; none = the backbone's own (ours)")
-    condition: Literal["cls"] = option("cls", "what the denoiser is told: cls = the global token alone")
+    condition: Literal["cls", "locals", "pooled"] = option(
+        "cls",
+        "what the denoiser is told: the global token; and local tokens; and the mean of the local tokens (Fig. 5)",
+    )
+    local_ratio: float = option(1.0, "share of the local tokens beside the global one, 0..1, under condition=locals")
+    local_count: int | None = option(None, "number of local tokens instead of a share (DIVA: 76)")
+    local_replacement: bool = option(
+        False, "draw local tokens with replacement (DIVA) or without (ours; the paper is silent)"
+    )
+    condition_into: Literal["vec", "txt", "both"] = option(
+        "both", "where the condition enters: vec modulates every block (global token), txt joins the attention"
+    )
+    projector: Literal["mlp", "linear"] = option("mlp", "heads from tokens to the condition; DIVA: linear")
 
     # What is rebuilt.
+    denoiser: Literal["flow", "masked", "unet"] = option(
+        "flow", "flow: FLUX-like, velocity of VAE latents; masked: Perceiver, VQ tokens; unet: Stable Diffusion's"
+    )
+    denoiser_weights: str | None = option(
+        None, "pretrained denoiser: diffusers folder or hub id; none = random init, as in the paper's light ones"
+    )
+    target_size: int | None = option(None, "pixels that the target tokenizer sees; none = image_size")
     vae: str = option(
         "black-forest-labs/FLUX.1-dev", "AutoencoderKL: diffusers folder, hub id, or the single file ae.safetensors"
     )
+    vq: str = option(
+        "vqgan_imagenet_f16_16384.ckpt", "VQ-GAN: diffusers VQModel folder, or a checkpoint of taming or LlamaGen"
+    )
     vae_posterior: Literal["sample", "mean"] = option("sample", "target latent: a draw from the posterior, or its mean")
     vae_dtype: Literal["float32", "bfloat16"] = option(
-        "float32", "arithmetic of the frozen VAE; the reference: float32"
+        "float32", "arithmetic of the frozen target tokenizer; the reference: float32"
     )
 
-    # The light denoiser (FluxTransformer2DModel, random init).
-    denoiser_layers: int = option(2, "double-stream blocks (Table 5: 1, 2, 3, 4)")
+    # The light denoiser's size.
+    denoiser_layers: int = option(2, "flow: double-stream blocks (Table 5: 1, 2, 3, 4); masked: layers (2, 4, 6, 8)")
     denoiser_single_layers: int = option(4, "single-stream blocks (Table 5: 2, 4, 6, 8)")
     denoiser_heads: int = option(24, "attention heads")
     denoiser_head_dim: int = option(128, "channels per head; width = heads x head_dim")
     denoiser_rope_axes: tuple[int, int, int] = option((16, 56, 56), "rotary channels per axis, summing to head_dim")
     vec_dim: int = option(768, "width of the condition that modulates every block (AdaLN)")
-    txt_dim: int = option(4096, "width of the one condition token in joint attention")
+    txt_dim: int = option(4096, "width of the condition's tokens in attention")
     guidance: float = option(4.0, "constant fed to the guidance embedding")
 
     # Rectified flow.
@@ -112,6 +157,21 @@ class Recipe:
     t_shift: float = option(0.0, "m in t = sigmoid(s * eps + m); 0 is the paper's, positive means noisier (ours)")
     t_dtype: Literal["float32", "bfloat16"] = option(
         "float32", "precision of t before its sinusoid (ours; the reference's bfloat16 keeps about 630 values)"
+    )
+
+    # Masked tokens.
+    mask_ratio: tuple[float, float] = option(
+        (0.5, 0.9), "share of masked tokens, drawn uniformly from this range; equal ends fix it (Table 8)"
+    )
+
+    # Objective.
+    objective: Literal["rebuild", "contrast"] = option(
+        "rebuild", "rebuild: predict the target; contrast: DCR's InfoNCE between predictions under different conditions"
+    )
+    contrast_temperature: float = option(0.1, "temperature of the contrast")
+    draws_per_image: int = option(1, "(noise, t) draws per image in one step (DIVA: 2)")
+    align_weight: float = option(
+        0.0, "weight of 1 - cosine(global token, the original's) in a stage that trains the backbone (ours)"
     )
 
     # LoRA on the backbone.
@@ -138,10 +198,12 @@ class Recipe:
     # Optimisation.
     global_batch_size: int = option(256, "images per optimizer step over all ranks; accumulation follows from it")
     per_device_batch_size: int = option(16, "images per rank and forward")
+    optimizer: Literal["adamw", "sgd"] = option("adamw", "adamw, or sgd with momentum (DIVA)")
+    momentum: float = option(0.9, "SGD's")
     adam_beta1: float = option(0.9, "AdamW")
     adam_beta2: float = option(0.999, "AdamW")
     adam_epsilon: float = option(1e-8, "AdamW")
-    weight_decay: float = option(0.01, "AdamW")
+    weight_decay: float = option(0.01, "AdamW's decoupled, SGD's L2")
     decay_biases_and_norms: bool = option(
         True, "decay every trained weight as the reference does; false spares 1-d ones"
     )
@@ -153,7 +215,7 @@ class Recipe:
     # Keeping.
     keep_checkpoints: int = option(2, "complete checkpoints kept per stage, two at least")
     sample_images: int = option(8, "images in the reconstruction pictures")
-    sample_ode_steps: int = option(20, "Euler steps of the rectified-flow ODE for the pictures")
+    sample_ode_steps: int = option(20, "Euler, DDIM or unmasking steps for the pictures")
     merge_dtype: Literal["float32", "bfloat16"] = option(
         "float32", "arithmetic of the LoRA merge (ours; bfloat16 loses most of a small update)"
     )
@@ -177,10 +239,10 @@ class Recipe:
             raise InputError(f"keep_checkpoints={self.keep_checkpoints}: keep two at least, one may be half-written")
         if not 0 <= self.lora_scale <= 1:
             raise InputError(f"lora_scale={self.lora_scale} must lie between 0 (original) and 1 (enhanced)")
-        if sum(self.denoiser_rope_axes) != self.denoiser_head_dim or any(a % 2 for a in self.denoiser_rope_axes):
+        axes = self.denoiser_rope_axes
+        if self.denoiser == "flow" and (sum(axes) != self.denoiser_head_dim or any(a % 2 for a in axes)):
             raise InputError(
-                f"denoiser_rope_axes={self.denoiser_rope_axes} must be even and sum to "
-                f"denoiser_head_dim={self.denoiser_head_dim}"
+                f"denoiser_rope_axes={axes} must be even and sum to denoiser_head_dim={self.denoiser_head_dim}"
             )
         for name in POSITIVE_COUNTS:
             if getattr(self, name) < 1:
@@ -188,24 +250,43 @@ class Recipe:
         for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise InputError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ("t_scale", "adam_epsilon"):
+        for name in ("t_scale", "adam_epsilon", "contrast_temperature"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name}={getattr(self, name)} must be positive")
-        for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
+        for name in ("lora_dropout", "adam_beta1", "adam_beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must lie in [0, 1)")
         if not 0 <= self.max_bad_fraction <= 1:
             raise InputError(f"max_bad_fraction={self.max_bad_fraction} must lie in [0, 1]")
-        if self.image_size is not None and self.image_size < 1:
-            raise InputError(f"image_size={self.image_size} must be at least 1")
+        for name in ("image_size", "target_size", "local_count"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name}={value} must be at least 1")
         if self.seed > MAX_SEED:
             raise InputError(f"seed={self.seed} must be at most {MAX_SEED}")
         if self.denoiser_layers + self.denoiser_single_layers < 1:
             raise InputError("denoiser_layers and denoiser_single_layers are both 0: the denoiser needs a block")
-        for name, top in (("crop_scale", 1.0), ("crop_ratio", float("inf"))):
+        self._check_condition()
+        for name, readers in READ_BY.items():
+            if self.denoiser not in readers and getattr(self, name) != getattr(Recipe, name):
+                raise InputError(
+                    f"{name}={getattr(self, name)} has no meaning with denoiser={self.denoiser}: only "
+                    f"{' and '.join(readers)} reads it"
+                )
+        for name, top in (("crop_scale", 1.0), ("crop_ratio", float("inf")), ("mask_ratio", 1.0)):
             low, high = getattr(self, name)
             if not 0 < low <= high <= top:
                 raise InputError(f"{name}={low},{high} must rise from above 0{' to at most 1' if top == 1 else ''}")
+
+    def _check_condition(self) -> None:
+        if not 0 <= self.local_ratio <= 1:
+            raise InputError(f"local_ratio={self.local_ratio} must lie between 0 and 1")
+        local = (self.local_ratio, self.local_count, self.local_replacement)
+        if self.condition != "locals" and local != (1.0, None, False):
+            raise InputError(f"local_ratio, local_count, local_replacement need condition=locals, not {self.condition}")
+        if self.condition_into == "vec" and self.condition != "cls":
+            raise InputError("condition_into=vec carries the global token alone: local tokens need txt or both")
+        if self.denoiser != "flow" and self.condition_into != "txt":
+            raise InputError(f"denoiser={self.denoiser} takes its condition as tokens: condition_into=txt")
 
 
 def _paper(name: str, backbone: str, **fields: Any) -> Callable[[], Recipe]:
@@ -252,139 +333,43 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "siglip-so400m-224": _paper("siglip-so400m-224", "google/siglip-so400m-patch14-224"),
     "siglip-so400m-384": _paper("siglip-so400m-384", "google/siglip-so400m-patch14-384"),
 }
-PARADIGM_SUFFIXES = ("-flow",)
+
+
+def _under(recipe: Recipe, denoiser: str, **fields: Any) -> Recipe:
+    """``recipe`` with another denoiser; what that one does not read goes back to its default."""
+    unread = {name: getattr(Recipe, name) for name, readers in READ_BY.items() if denoiser not in readers}
+    changed: dict[str, Any] = {**unread, "condition_into": "txt" if denoiser != "flow" else "both", **fields}
+    return dataclasses.replace(recipe, denoiser=denoiser, **changed)  # type: ignore[arg-type]
+
+
+def masked(recipe: Recipe) -> Recipe:
+    """GenHancer's discrete denoiser: a 6-layer Perceiver fills in masked VQ tokens (section 3.2, Tables 5, 6, 8).
+
+    MMVP-VLM in the paper: OpenAI@224 28.9, SigLIP@224 45.2, SigLIP@384 40.7. Not yet run by us at full size.
+    """
+    if recipe.name == "tiny":
+        size = {"vq": "toyworld:vq", "denoiser_layers": 3, "txt_dim": 128}
+    else:
+        size = {"denoiser_layers": 6, "denoiser_heads": 16, "denoiser_head_dim": 64, "txt_dim": 1024}
+    return _under(recipe, "masked", **size)
+
+
+PARADIGMS: dict[str, Callable[[Recipe], Recipe]] = {"flow": lambda recipe: recipe, "masked": masked}
 
 
 def get_recipe(name: str) -> Recipe:
-    """The named recipe; the suffix ``-flow`` (continuous denoiser, the default) may be written out.
+    """The named recipe; a suffix chooses the method, ``-flow`` (continuous denoiser) being the default.
 
     Raises:
         InputError: unknown name, with the nearest known one.
     """
-    base = name
-    for suffix in PARADIGM_SUFFIXES:
-        base = base.removesuffix(suffix)
+    base, dash, paradigm = name.rpartition("-")
+    if name in RECIPES or not dash or paradigm not in PARADIGMS:
+        base, paradigm = name, "flow"
     if base not in RECIPES:
-        raise InputError(f"unknown recipe '{name}'{suggest(base, RECIPES)}; known: {', '.join(RECIPES)}")
-    return RECIPES[base]()
-
-
-def field_types(cls: type) -> dict[str, Any]:
-    """Names and resolved types of a recipe class's fields, stages as dotted names (``stage1.max_steps``)."""
-    flat: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(kind):
-            flat.update({f"{name}.{inner}": t for inner, t in field_types(typing.cast(type, kind)).items()})
-        else:
-            flat[name] = kind
-    return flat
-
-
-def field_help(cls: type = Recipe) -> dict[str, str]:
-    """The sentence behind every dotted field name of a recipe class."""
-    texts: dict[str, str] = {}
-    for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(f.default):
-            texts.update({f"{f.name}.{inner}": text for inner, text in field_help(type(f.default)).items()})
-        else:
-            texts[f.name] = f.metadata["help"]
-    return texts
-
-
-def override(recipe: R, changes: Mapping[str, Any]) -> R:
-    """A copy of ``recipe`` with fields changed by dotted name; strings are parsed by the field's type.
-
-    Raises:
-        InputError: unknown field (with a suggestion) or a value that does not fit.
-    """
-    known = field_types(type(recipe))
-    top: dict[str, Any] = {}
-    nested: dict[str, dict[str, Any]] = {}
-    for name, value in changes.items():
-        if name not in known:
-            raise InputError(
-                f"unknown recipe field '{name}'{suggest(name, known)}; `llava-genhancer recipes` lists all"
-            )
-        parsed = _parse(name, value, known[name])
-        stage, _, inner = name.rpartition(".")
-        if stage:
-            nested.setdefault(stage, {})[inner] = parsed
-        else:
-            top[name] = parsed
-    for stage, fields in nested.items():
-        try:
-            top[stage] = dataclasses.replace(getattr(recipe, stage), **fields)
-        except InputError as error:
-            raise InputError(f"{stage}: {error}") from None
-    return typing.cast(R, dataclasses.replace(typing.cast(Any, recipe), **top))
-
-
-def to_dict(recipe: Any) -> dict[str, Any]:
-    """Plain JSON types, dotted names flattened, in field order."""
-    flat = {}
-    for name in field_types(type(recipe)):
-        value: Any = recipe
-        for part in name.split("."):
-            value = getattr(value, part)
-        flat[name] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-@typing.overload
-def from_dict(values: Mapping[str, Any]) -> Recipe: ...
-@typing.overload
-def from_dict(values: Mapping[str, Any], cls: type[R]) -> R: ...
-def from_dict(values: Mapping[str, Any], cls: type = Recipe) -> Any:
-    """The inverse of :func:`to_dict`; unknown keys are errors, absent ones take the default."""
-    return override(cls(), values)
-
-
-def differences(ours: R, theirs: R, ignore: tuple[str, ...] = ()) -> list[str]:
-    """One line per field that differs, ``name: theirs -> ours``."""
-    a, b = to_dict(theirs), to_dict(ours)
-    return [f"{k}: {json.dumps(a[k])} -> {json.dumps(b[k])}" for k in b if k not in ignore and a[k] != b[k]]
-
-
-def suggest(name: str, known: typing.Iterable[str]) -> str:
-    """``, did you mean 'NEAREST'?`` for an unknown name, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f", did you mean '{near[0]}'?" if near else ""
-
-
-def _parse(name: str, value: Any, kind: Any) -> Any:
-    """``value`` (a string from the command line, or a JSON value) as the field's type."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):  # only `X | None` occurs
-        if value is None or (isinstance(value, str) and value.lower() == "none"):
-            return None
-        return _parse(name, value, next(a for a in args if a is not type(None)))
-    if origin is Literal:
-        if value not in args:
-            raise InputError(f"{name}={value}: choose one of {', '.join(map(str, args))}")
-        return value
-    if origin is tuple:
-        if isinstance(value, str):
-            value = [v for v in value.strip("()[]").split(",") if v.strip()]
-        if not isinstance(value, list | tuple):
-            raise InputError(f"{name}={value}: needs comma-separated values (in JSON, a list)")
-        items = list(value)
-        inner = [args[0]] * len(items) if args[-1] is Ellipsis else list(args)
-        if len(items) != len(inner):
-            raise InputError(f"{name}={','.join(map(str, items))}: needs {len(inner)} comma-separated values")
-        return tuple(_parse(name, v.strip() if isinstance(v, str) else v, k) for v, k in zip(items, inner, strict=True))
-    if kind is bool:
-        words = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
-        if isinstance(value, bool) or str(value).lower() in words:
-            return value if isinstance(value, bool) else words[str(value).lower()]
-        raise InputError(f"{name}={value}: say true or false")
-    try:
-        if isinstance(value, bool) or (kind is str and not isinstance(value, str)):
-            raise ValueError
-        if kind is int and isinstance(value, float) and value != int(value):
-            raise ValueError
-        parsed = kind(value)
-        if not (math.isfinite(parsed) if kind is float else kind is str or abs(parsed) < 2**63):
-            raise ValueError
-        return parsed
-    except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{name}={value}: needs a value of type {kind.__name__}") from None
+        suffixes = ", ".join(f"-{p}" for p in PARADIGMS)
+        raise InputError(
+            f"unknown recipe '{name}'{suggest(base, RECIPES)}; known: {', '.join(RECIPES)}, with {suffixes}"
+        )
+    recipe = PARADIGMS[paradigm](RECIPES[base]())
+    return recipe if paradigm == "flow" else dataclasses.replace(recipe, name=name)

@@ -86,6 +86,7 @@ class ExactTrainer(Trainer):
         facts: what must be equal on resume (world size, workers, ...); stored in every checkpoint's marker.
         snapshot_steps: steps whose trained weights are kept in ``snapshots/step-N.safetensors``.
         decay_all: weight decay on biases and norms too.
+        optimizer: class and arguments; None is torch's AdamW by the arguments of ``args``.
     """
 
     def __init__(
@@ -98,10 +99,11 @@ class ExactTrainer(Trainer):
         facts: dict[str, Any],
         snapshot_steps: Iterable[int] = (),
         decay_all: bool = False,
+        optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.decay_all = decay_all
-        super().__init__(model=model, args=args, callbacks=callbacks)
+        super().__init__(model=model, args=args, callbacks=callbacks, optimizer_cls_and_kwargs=optimizer)
         self.remove_callback(PrinterCallback)
         self.loader = loader
         self.keep_checkpoints = keep_checkpoints
@@ -205,7 +207,7 @@ class ExactTrainer(Trainer):
         return [n for n, _ in model.named_parameters()] if self.decay_all else super().get_decay_parameter_names(model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Trainer's AdamW; ZeRO refuses parameter groups without parameters, so those go."""
+        """Trainer's; ZeRO refuses parameter groups without parameters, so those go."""
         optimizer = super().create_optimizer(model)
         optimizer.param_groups = [g for g in optimizer.param_groups if g["params"]]
         return optimizer

@@ -60,12 +60,12 @@ def test_denoiser_sizes_of_tables_5_and_7(double: int, single: int, billions: fl
 
 @pytest.mark.parametrize("recipe", [PAPER, SMALL], ids=["paper", "small"])
 def test_denoiser_and_projector_match_the_classes(recipe: recipes.Recipe) -> None:
-    from llava_genhancer.enhance.conditions import ClsProjector
+    from llava_genhancer.enhance.conditions import Projector
     from llava_genhancer.enhance.denoisers.flow import FlowDenoiser
 
     with torch.device("meta"):
         denoiser = FlowDenoiser(recipe, 16, 28)
-        projector = ClsProjector(768, recipe.vec_dim, recipe.txt_dim)
+        projector = Projector(recipe, 768)
     assert costs.denoiser_parameters(recipe) == count(denoiser)
     assert costs.projector_parameters(recipe, LARGE) == count(projector)
     if recipe is PAPER:
@@ -160,16 +160,18 @@ def test_vae_of_another_shape() -> None:
 
 @pytest.mark.parametrize("mode", ["forward", "train", "frozen"])
 def test_denoiser_flops_match_a_count(mode: str) -> None:
-    from llava_genhancer.enhance.conditions import ClsProjector
+    from llava_genhancer.enhance.conditions import Projector
     from llava_genhancer.enhance.denoisers.flow import FlowDenoiser
 
     vae, batch = costs.Vae(latent_channels=4), 3
     denoiser = FlowDenoiser(SMALL, 4, 16).requires_grad_(mode == "train")
-    projector = ClsProjector(768, SMALL.vec_dim, SMALL.txt_dim).requires_grad_(mode == "train")
+    projector = Projector(SMALL, 768).requires_grad_(mode == "train")
 
     def run() -> None:
         token = torch.randn(batch, 768, requires_grad=mode == "frozen")
-        loss = denoiser(torch.randn(batch, 4, 16, 16), projector(token), torch.randn(batch, 64, 16), torch.rand(batch))
+        loss = denoiser(
+            torch.randn(batch, 4, 16, 16), projector(token[:, None]), torch.randn(batch, 64, 16), torch.rand(batch)
+        )
         if mode != "forward":
             loss.backward()
 

@@ -48,7 +48,7 @@ def test_every_number_of_the_paper(name) -> None:
 
 
 def test_what_departs_from_the_reference_is_marked_and_can_be_turned_back() -> None:
-    ours = {k for k, text in recipes.field_help().items() if "ours" in text}
+    ours = {k for k, text in recipes.field_help(recipes.Recipe).items() if "ours" in text}
     assert {"data_sharding", "lora_scope", "merge_dtype", "t_dtype"} <= ours
     reference = {
         "data_sharding": "replicated",
@@ -63,7 +63,7 @@ def test_what_departs_from_the_reference_is_marked_and_can_be_turned_back() -> N
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_a_recipe_survives_json(name) -> None:
     recipe = get_recipe(name)
-    assert from_dict(json.loads(json.dumps(to_dict(recipe), allow_nan=False))) == recipe
+    assert from_dict(json.loads(json.dumps(to_dict(recipe), allow_nan=False)), Recipe) == recipe
     assert get_recipe(f"{name}-flow") == recipe
 
 
@@ -76,7 +76,7 @@ def test_a_recipe_survives_the_command_line(name) -> None:
 
 
 def test_every_field_is_explained_and_typed() -> None:
-    kinds, helps = recipes.field_types(Recipe), recipes.field_help()
+    kinds, helps = recipes.field_types(Recipe), recipes.field_help(recipes.Recipe)
     assert list(kinds) == list(helps) == list(to_dict(Recipe()))
     assert all(len(text) > 3 for text in helps.values())
     assert len([k for k in kinds if k.startswith("stage1.")]) == len(dataclasses.fields(StageRecipe))
@@ -98,12 +98,20 @@ def another(kind: Any, value: Any) -> tuple[str, Any]:
 
 @pytest.mark.parametrize("name", recipes.field_types(Recipe))
 def test_every_field_can_be_set_from_text_and_shows_as_a_difference(name) -> None:
-    kind, value = recipes.field_types(Recipe)[name], to_dict(Recipe())[name]
+    base = Recipe()
+    if name.startswith("local_"):
+        base = Recipe(condition="locals")
+    elif recipes.READ_BY.get(name) == ("masked",):
+        base = get_recipe("openai-l14-224-masked")
+    kind, value = recipes.field_types(Recipe)[name], to_dict(base)[name]
     special = {
         "denoiser_rope_axes": ("32,48,48", [32, 48, 48]),
         "crop_scale": ("(0.5, 0.75)", [0.5, 0.75]),
         "crop_ratio": ("[1,1.5]", [1.0, 1.5]),
         "image_size": ("448", 448),
+        "target_size": ("512", 512),
+        "local_count": ("76", 76),
+        "mask_ratio": ("0.75, .75", [0.75, 0.75]),
         "data": ("a/b c.tar", "a/b c.tar"),
         "image_folder": ("~/x", "~/x"),
         "stage1.trains": ("backbone,projector,denoiser", ["backbone", "projector", "denoiser"]),
@@ -115,12 +123,15 @@ def test_every_field_can_be_set_from_text_and_shows_as_a_difference(name) -> Non
         changed = override(Recipe(), {name: "32", "denoiser_rope_axes": "8,12,12"})
         assert changed.denoiser_head_dim == 32
         return
+    if name == "denoiser":  # brings its own fields along
+        assert override(Recipe(), to_dict(get_recipe("tiny-masked"))).denoiser == "masked"
+        return
     text, expected = special.get(name) or another(kind, value)
-    changed = override(Recipe(), {name: text})
-    assert to_dict(changed) == {**to_dict(Recipe()), name: expected}
-    lines = differences(changed, Recipe())
+    changed = override(base, {name: text})
+    assert to_dict(changed) == {**to_dict(base), name: expected}
+    lines = differences(changed, base)
     assert lines == ([] if expected == value else [f"{name}: {json.dumps(value)} -> {json.dumps(expected)}"])
-    assert differences(changed, Recipe(), ignore=(name,)) == []
+    assert differences(changed, base, ignore=(name,)) == []
 
 
 def test_none_and_words_for_truth() -> None:
@@ -179,11 +190,16 @@ def test_none_and_words_for_truth() -> None:
         ({"image_size": -224}, "image_size=-224 must be at least 1"),
         ({"seed": 2**32}, "seed=4294967296 must be at most"),
         ({"t_scale": 0}, "t_scale=0.0 must be positive"),
+        ({"mask_ratio": "0.5,0.9", "vq": "x"}, "vq=x has no meaning with denoiser=flow: only masked reads it"),
+        ({"denoiser": "masked"}, "denoiser=masked takes its condition as tokens: condition_into=txt"),
+        ({"local_ratio": 0.2}, "local_ratio, local_count, local_replacement need condition=locals, not cls"),
+        ({"condition": "pooled", "condition_into": "vec"}, "carries the global token alone"),
+        ({"local_count": 0, "condition": "locals"}, "local_count=0 must be at least 1"),
     ],
 )
 def test_what_no_run_can_use_is_refused_in_one_line(changes, words) -> None:
     with pytest.raises(InputError, match=words) as caught:
-        from_dict(changes)
+        from_dict(changes, Recipe)
     assert "\n" not in str(caught.value)
 
 
@@ -192,9 +208,18 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
         InputError, match=r"unknown recipe 'openai-l14-244', did you mean 'openai-l14-224'\?; known: tin"
     ):
         get_recipe("openai-l14-244")
-    for name in ("", "tiny-masked-flow", "TINY", "tiny "):
+    for name in ("", "-masked", "tiny-masked-flow", "TINY", "tiny "):
         with pytest.raises(InputError, match="unknown recipe"):
             get_recipe(name)
+
+
+@pytest.mark.parametrize("paradigm", recipes.PARADIGMS)
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_every_method_exists_for_every_backbone(name, paradigm) -> None:
+    recipe = get_recipe(f"{name}-{paradigm}")
+    assert recipe.backbone == get_recipe(name).backbone
+    assert recipe.name == (name if paradigm == "flow" else f"{name}-{paradigm}")
+    assert from_dict(json.loads(json.dumps(to_dict(recipe), allow_nan=False)), Recipe) == recipe
 
 
 def test_recipes_cannot_be_changed_in_place() -> None:

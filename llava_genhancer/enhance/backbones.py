@@ -25,10 +25,10 @@ FULL_MODELS = {"clip": "CLIPModel", "siglip": "SiglipModel", "siglip2": "Siglip2
 
 
 class VisionBackbone(nn.Module):
-    """Images in, one global token out.
+    """Images in, one global token out, with the local ones beside it where a recipe asks for them.
 
-    The token is what the reference conditions on: ``visual_projection`` of the pooled CLS, not normalised, for CLIP;
-    the attention-pooled ``pooler_output`` for SigLIP (released code; the paper says "[CLS]").
+    The global token is what the reference conditions on: ``visual_projection`` of the pooled CLS, not normalised, for
+    CLIP; the attention-pooled ``pooler_output`` for SigLIP (released code; the paper says "[CLS]").
     """
 
     def __init__(
@@ -66,6 +66,24 @@ class VisionBackbone(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) to global tokens (B, D)."""
+        pooled = self._encode(pixel_values).pooler_output
+        return pooled if self.visual_projection is None else self.visual_projection(pooled)
+
+    def tokens(self, pixel_values: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) to the global token and, in its space, the N local ones (B, 1 + N, D).
+
+        CLIP's locals go the way of its CLS, through ``post_layernorm`` and ``visual_projection``; SigLIP's are the last
+        hidden states that its pooling head attends to.
+        """
+        encoded = self._encode(pixel_values)
+        pooled, local = encoded.pooler_output, encoded.last_hidden_state
+        if self.visual_projection is None:
+            return torch.cat([pooled[:, None], local], 1)
+        local = self.vision_model.post_layernorm(local[:, 1:])  # type: ignore[operator]
+        return self.visual_projection(torch.cat([pooled[:, None], local], 1))
+
+    def _encode(self, pixel_values: Tensor) -> Any:
+        """The vision model's output."""
         if self.model_type == "siglip2":
             b, c, h, w = pixel_values.shape
             p = self.patch_size
@@ -74,9 +92,8 @@ class VisionBackbone(nn.Module):
             )
             mask = torch.ones(patches.shape[:2], dtype=torch.int32, device=patches.device)
             shapes = torch.tensor([[h // p, w // p]] * b, device=patches.device)
-            return self.vision_model(patches, pixel_attention_mask=mask, spatial_shapes=shapes).pooler_output
-        pooled = self.vision_model(pixel_values, interpolate_pos_encoding=self.resized).pooler_output
-        return pooled if self.visual_projection is None else self.visual_projection(pooled)
+            return self.vision_model(patches, pixel_attention_mask=mask, spatial_shapes=shapes)
+        return self.vision_model(pixel_values, interpolate_pos_encoding=self.resized)
 
 
 def locate(name: str) -> str:

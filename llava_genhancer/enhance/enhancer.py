@@ -1,6 +1,6 @@
 """The model a training engine holds: backbone -> condition -> denoiser -> loss.
 
-Legend: B batch, H = W image side, C latent channels, S latent side, N = (S/2)^2 tokens, E = 4 C token width.
+Legend: B batch, H = W image side, N local tokens, D width of a token.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from llava_genhancer.enhance.backbones import VisionBackbone, load_backbone
-from llava_genhancer.enhance.conditions import PROJECTORS
-from llava_genhancer.enhance.denoisers.flow import FlowDenoiser
-from llava_genhancer.enhance.targets import VaeTarget
+from llava_genhancer.enhance.conditions import Condition, Projector
+from llava_genhancer.enhance.denoisers import DENOISERS
+from llava_genhancer.enhance.targets import Target
 from llava_genhancer.recipes import Recipe
 
 
 class Enhancer(nn.Module):
     """One call, ``forward(pixel_values, target) -> loss``; its three parts are what a stage table names."""
 
-    def __init__(self, backbone: VisionBackbone, projector: nn.Module, denoiser: FlowDenoiser):
+    def __init__(self, backbone: VisionBackbone, projector: Projector, denoiser: nn.Module):
         super().__init__()
         # A training engine sizes its "auto" buckets by the model's width.
         self.config = PretrainedConfig(hidden_size=denoiser.width)
@@ -28,23 +28,34 @@ class Enhancer(nn.Module):
         self.denoiser = denoiser
 
     def forward(
-        self, pixel_values: Tensor, target: Tensor, noise: Tensor | None = None, t: Tensor | None = None
+        self,
+        pixel_values: Tensor,
+        target: Tensor,
+        view_values: Tensor | None = None,
+        draws: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """The denoiser's loss, a scalar.
 
         Args:
             pixel_values: images normalised for the backbone (B, 3, H, W).
-            target: what to rebuild, latents (B, C, S, S).
-            noise: noise tokens (B, N, E), drawn from the global RNG if absent.
-            t: times (B,) in [0, 1], drawn likewise.
+            target: what to rebuild, as the target tokenizer gives it (B, ...).
+            view_values: a second view of the same images (B, 3, H, W), for objectives that compare conditions.
+            draws: the denoiser's random draws by name; what is absent comes from the global RNG.
         """
-        return self.denoiser(target, self.projector(self.token(pixel_values)), noise, t)
+        views = [pixel_values] if view_values is None else [pixel_values, view_values]
+        return self.denoiser(target, *map(self.condition, views), **(draws or {}))
 
-    def token(self, pixel_values: Tensor) -> Tensor:
-        """Global tokens (B, D); no graph is kept where nothing in the backbone learns."""
+    def tokens(self, pixel_values: Tensor) -> Tensor:
+        """What the projector reads: global tokens (B, 1, D), or all (B, 1 + N, D); no graph where nothing learns."""
         learns = any(p.requires_grad for p in self.backbone.parameters())
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            return self.backbone(pixel_values)
+            if self.projector.needs_locals:
+                return self.backbone.tokens(pixel_values)
+            return self.backbone(pixel_values)[:, None]
+
+    def condition(self, pixel_values: Tensor) -> Condition:
+        """What the denoiser is told of each image."""
+        return self.projector(self.tokens(pixel_values))
 
     @torch.no_grad()
     def rebuild(self, pixel_values: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -52,21 +63,20 @@ class Enhancer(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            return self.denoiser.sample(self.projector(self.backbone(pixel_values)), generator)
+            return self.denoiser.sample(self.condition(pixel_values), generator)  # type: ignore[operator]
         finally:
             self.train(was_training)
 
 
-def build_enhancer(recipe: Recipe, target: VaeTarget) -> Enhancer:
+def build_enhancer(recipe: Recipe, target: Target) -> Enhancer:
     """A fresh enhancer in fp32 on the CPU, frozen: pre-trained backbone, projector and denoiser from ``recipe.seed``.
 
     Raises:
-        InputError: the backbone cannot be loaded, or image size, patch and VAE do not fit.
+        InputError: the backbone cannot be loaded, or image size, patch and target tokenizer do not fit.
     """
     backbone = load_backbone(recipe)
-    side = target.latent_side(backbone.image_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        projector = PROJECTORS[recipe.condition](backbone.token_dim, recipe.vec_dim, recipe.txt_dim)
-        denoiser = FlowDenoiser(recipe, target.channels, side)
+        projector = Projector(recipe, backbone.token_dim)
+        denoiser = DENOISERS[recipe.denoiser].from_recipe(recipe, target, recipe.target_size or backbone.image_size)
     return Enhancer(backbone, projector, denoiser).requires_grad_(False)

@@ -14,7 +14,7 @@ import torch
 from llava_genhancer.engine import load_trained
 from llava_genhancer.enhance.backbones import add_lora, trainable_backbone_names
 from llava_genhancer.enhance.enhancer import Enhancer, build_enhancer
-from llava_genhancer.enhance.targets import VaeTarget
+from llava_genhancer.enhance.targets import Target
 from llava_genhancer.recipes import Recipe, StageRecipe
 
 WEIGHTS = "weights.safetensors"
@@ -37,7 +37,7 @@ def trainable_names(enhancer: Enhancer, recipe: Recipe, stage: int) -> set[str]:
     return names
 
 
-def build_stage(recipe: Recipe, stage: int, target: VaeTarget, results: Iterable[Path] = ()) -> Enhancer:
+def build_stage(recipe: Recipe, stage: int, target: Target, results: Iterable[Path] = ()) -> Enhancer:
     """The enhancer ready to train ``stage``.
 
     LoRA is injected at the first stage that trains the backbone and stays from then on.

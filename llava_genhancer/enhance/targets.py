@@ -1,23 +1,40 @@
-"""What the denoiser must rebuild: latents of a frozen VAE.
+"""What the denoiser must rebuild: latents of a frozen VAE, or whatever another frozen tokenizer gives.
 
 Legend: B batch, H = W image side, C latent channels, f the VAE's downscale factor.
 
-The VAE stays outside the trained module: it is never sharded, checkpointed or cast by a training engine.
+A target tokenizer stays outside the trained module: it is never sharded, checkpointed or cast by a training engine.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from llava_genhancer.errors import InputError, reason
+from llava_genhancer.recipes import Recipe
 from llava_genhancer.toyworld.paths import resolve
 
 FLUX_VAE_CONFIG = Path(__file__).parent / "flux_vae"
+
+
+class Target(Protocol):
+    """A frozen target tokenizer."""
+
+    def to(self, device: torch.device) -> Target:
+        """Move the frozen weights."""
+
+    def drop_decoder(self) -> None:
+        """Free the half that only pictures need."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 images (B, 3, H, W) to what is rebuilt (B, ...)."""
+
+    def decode(self, target: Tensor) -> Tensor:
+        """The inverse: uint8 images (B, 3, H, W)."""
 
 
 class VaeTarget:
@@ -68,6 +85,24 @@ class VaeTarget:
         z = (latents / self.scale + self.shift).to(self.vae.dtype)
         pixels = self.vae.decode(z).sample.float()
         return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def check_target(recipe: Recipe) -> None:
+    """Refuse a target tokenizer that cannot be used, before anything is loaded.
+
+    Raises:
+        InputError: as the check of the denoiser's own kind of target.
+    """
+    check_vae(recipe.vae)
+
+
+def load_target(recipe: Recipe) -> Target:
+    """The frozen tokenizer whose output the recipe's denoiser rebuilds, on the CPU.
+
+    Raises:
+        InputError: nothing loadable there.
+    """
+    return load_vae_target(recipe.vae, dtype=getattr(torch, recipe.vae_dtype), posterior=recipe.vae_posterior)
 
 
 def check_vae(name: str) -> None:

@@ -25,9 +25,9 @@ from llava_genhancer.enhance.backbones import check_backbone
 from llava_genhancer.enhance.enhancer import Enhancer
 from llava_genhancer.enhance.export import export_tower
 from llava_genhancer.enhance.stages import WEIGHTS, build_stage, stage_recipe
-from llava_genhancer.enhance.targets import VaeTarget, check_vae, load_vae_target
+from llava_genhancer.enhance.targets import Target, check_target, load_target
 from llava_genhancer.errors import InputError
-from llava_genhancer.recipes import Recipe
+from llava_genhancer.recipes import Recipe, StageRecipe
 from llava_genhancer.trainer import ExactTrainer
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def enhance(
     engine.check_deepspeed(deepspeed)
     engine.accumulation(recipe.global_batch_size, recipe.per_device_batch_size)  # refused before a manifest says it
     check_backbone(recipe.backbone)
-    check_vae(recipe.vae)
+    check_target(recipe)
     source = open_source(recipe.data, image_folder=recipe.image_folder)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     check_readers(source, num_workers=recipe.num_workers, world_size=world, sharding=recipe.data_sharding)
@@ -93,9 +93,7 @@ def train_stage(recipe: Recipe, stage: int, run_dir: Path, source: Source, deeps
 
     started = time.time()
     args = training_arguments(recipe, stage, stage_dir, deepspeed)
-    target = load_vae_target(recipe.vae, dtype=getattr(torch, recipe.vae_dtype), posterior=recipe.vae_posterior).to(
-        args.device
-    )
+    target = load_target(recipe).to(args.device)
     with engine.without_zero_init(args):
         enhancer = build_stage(recipe, stage, target, [folder / WEIGHTS for folder in earlier])
     view = TrainView(enhancer.backbone.image_size, scale=recipe.crop_scale, ratio=recipe.crop_ratio)
@@ -126,6 +124,7 @@ def train_stage(recipe: Recipe, stage: int, run_dir: Path, source: Source, deeps
         },
         snapshot_steps=table.snapshot_steps,
         decay_all=recipe.decay_biases_and_norms,
+        optimizer=optimizer(recipe, table),
     )
     pictures = table.sample_steps > 0 and recipe.sample_images > 0
     if not pictures or args.process_index > 0:
@@ -141,20 +140,27 @@ def train_stage(recipe: Recipe, stage: int, run_dir: Path, source: Source, deeps
     engine.forget()
 
 
+def optimizer(recipe: Recipe, table: StageRecipe) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    """The class and its arguments where it is not the Trainer's AdamW."""
+    if recipe.optimizer == "adamw":
+        return None
+    return torch.optim.SGD, {"lr": table.learning_rate, "momentum": recipe.momentum}
+
+
 class EnhanceTrainer(ExactTrainer):
     """Feeds an :class:`Enhancer`: uint8 images become pixel values and frozen targets on the device."""
 
-    def __init__(self, enhancer: Enhancer, args: TrainingArguments, loader: Any, *, target: VaeTarget, **kwargs: Any):
+    def __init__(self, enhancer: Enhancer, args: TrainingArguments, loader: Any, *, target: Target, **kwargs: Any):
         super().__init__(enhancer, args, loader, **kwargs)
         self.enhancer, self.target = enhancer, target
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of a batch; ``noise`` and ``t`` in it replace the random draws (tests, ablations)."""
+        """The loss of a batch; ``draws`` in it replace the denoiser's random ones (tests)."""
         images: Tensor = inputs["images"]
         target = self.target.encode(images)
-        loss = model(self.enhancer.backbone.normalise(images), target, inputs.get("noise"), inputs.get("t"))
+        loss = model(self.enhancer.backbone.normalise(images), target, None, inputs.get("draws"))
         return (loss, {"loss": loss}) if return_outputs else loss
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.recipes import option, suggest
+from llava_genhancer.fields import option, suggest
 
 STEPS = ("pretrain", "finetune")
 

@@ -202,7 +202,7 @@ def test_stage_1_loss_and_gradients(recipe_of, tiny_target, blocks: tuple[int, i
         for parameter in enhancer.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
-    loss = enhancer(pixels, latents, noise, t)
+    loss = enhancer(pixels, latents, draws={"noise": noise, "t": t})
     loss.backward()
     state = {n: p.detach().clone().requires_grad_(p.requires_grad) for n, p in enhancer.named_parameters()}
     config = {"patch": 8, "layers": 2, "heads": 1}

@@ -51,7 +51,8 @@ def step(enhancer: Enhancer) -> None:
     pixels = torch.randn(2, 3, side, side, generator=generator)
     latents = torch.randn(2, tokens[1] // 4, latent, latent, generator=generator)
     enhancer.train()
-    enhancer(pixels, latents, torch.randn(2, *tokens, generator=generator), torch.tensor([0.3, 0.6])).backward()
+    draws = {"noise": torch.randn(2, *tokens, generator=generator), "t": torch.tensor([0.3, 0.6])}
+    enhancer(pixels, latents, draws=draws).backward()
     torch.optim.SGD([p for p in enhancer.parameters() if p.requires_grad], lr=1.0).step()
 
 
@@ -153,8 +154,8 @@ def test_the_gradient_comes_from_the_denoiser(recipe_of, tiny_target) -> None:
 
 def test_a_frozen_backbone_keeps_no_graph(recipe_of, tiny_target) -> None:
     pixels = torch.randn(1, 3, 32, 32)
-    assert not build_stage(recipe_of(), 1, tiny_target).token(pixels).requires_grad
-    assert build_stage(recipe_of(), 2, tiny_target).token(pixels).requires_grad
+    assert not build_stage(recipe_of(), 1, tiny_target).tokens(pixels).requires_grad
+    assert build_stage(recipe_of(), 2, tiny_target).tokens(pixels).requires_grad
 
 
 # --- seeds and files -----------------------------------------------------------------------------------------------

@@ -37,8 +37,9 @@ class FixedBatches:
             first = (self.step * self.world + self.rank) * self.size
             images, noise, t = zip(*(self.sample(first + i) for i in range(self.size)), strict=True)
             self.step += 1
+            draws = {"noise": torch.stack(noise), "t": torch.stack(t)}
             keys = [str(first + i) for i in range(self.size)]
-            yield {"images": torch.stack(images), "noise": torch.stack(noise), "t": torch.stack(t), "keys": keys}
+            yield {"images": torch.stack(images), "draws": draws, "keys": keys}
 
     def close(self):
         pass

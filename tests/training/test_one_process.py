@@ -67,7 +67,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_fields: dict) -> Pat
 
 def test_a_run_leaves_what_it_should(finished: Path, tiny_fields: dict) -> None:
     manifest = run.read_json(finished / "manifest.json")
-    assert recipes.from_dict(manifest["recipe"]) == recipe_from(tiny_fields)
+    assert recipes.from_dict(manifest["recipe"], recipes.Recipe) == recipe_from(tiny_fields)
     for stage, steps in (("stage1", 12), ("stage2", 8)):
         result = run.read_json(finished / stage / "result.json")
         assert result["steps"] == steps
@@ -159,7 +159,7 @@ def test_half_written_and_damaged_checkpoints_are_passed_over(finished, tiny_fie
 
 def test_a_finished_run_is_left_alone(finished, tiny_fields, monkeypatch) -> None:
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
-    monkeypatch.setattr(train, "load_vae_target", lambda *a, **k: pytest.fail("a finished stage loaded its VAE"))
+    monkeypatch.setattr(train, "load_target", lambda *a, **k: pytest.fail("a finished stage loaded its VAE"))
     enhance(recipe_from(tiny_fields), finished)
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} == before
 

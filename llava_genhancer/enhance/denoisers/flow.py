@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llava_genhancer.enhance.conditions import Condition
 from llava_genhancer.enhance.objectives import rectified_flow_path, sample_t, velocity_loss
+from llava_genhancer.enhance.targets import VaeTarget
 from llava_genhancer.recipes import Recipe
 
 
@@ -45,6 +46,7 @@ class FlowDenoiser(nn.Module):
         self.ode_steps = recipe.sample_ode_steps
         self.width = recipe.denoiser_heads * recipe.denoiser_head_dim
         self.token_shape = ((latent_side // 2) ** 2, latent_channels * 4)
+        self.vec_dim, self.txt_dim = recipe.vec_dim, recipe.txt_dim
         self.transformer = FluxTransformer2DModel(
             in_channels=latent_channels * 4,
             num_layers=recipe.denoiser_layers,
@@ -61,6 +63,11 @@ class FlowDenoiser(nn.Module):
         self._t: Tensor | None = None
         self.transformer.time_text_embed.register_forward_pre_hook(self._restore_t)
 
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, target: VaeTarget, image_size: int) -> FlowDenoiser:
+        """The recipe's denoiser for the latents of an image of ``image_size`` pixels."""
+        return cls(recipe, target.channels, target.latent_side(image_size))
+
     def _restore_t(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Undo the transformer's rounding of t to the activations' dtype before the sinusoid of 1000 t."""
         assert self._t is not None
@@ -70,18 +77,21 @@ class FlowDenoiser(nn.Module):
         """Predicted velocity (B, N, E) at tokens x_t (B, N, E) and times t (B,) in [0, 1]."""
         side = round(x_t.shape[1] ** 0.5)
         dtype = self.transformer.dtype
+        # A way that the condition does not take carries zeros: the transformer's own biases stand in.
+        vec = x_t.new_zeros(len(x_t), self.vec_dim) if condition.vec is None else condition.vec
+        txt = x_t.new_zeros(len(x_t), 1, self.txt_dim) if condition.txt is None else condition.txt
         rows = torch.arange(side, device=x_t.device)
         ids = torch.zeros(side, side, 3, device=x_t.device)
         ids[..., 1], ids[..., 2] = rows[:, None], rows[None, :]
         self._t = t
         return self.transformer(
             hidden_states=x_t.to(dtype),
-            encoder_hidden_states=condition.txt.to(dtype),
-            pooled_projections=condition.vec.to(dtype),
+            encoder_hidden_states=txt.to(dtype),
+            pooled_projections=vec.to(dtype),
             timestep=t,
             guidance=torch.full_like(t, self.guidance),
             img_ids=ids.flatten(0, 1),
-            txt_ids=torch.zeros(condition.txt.shape[1], 3, device=x_t.device),
+            txt_ids=torch.zeros(txt.shape[1], 3, device=x_t.device),
             return_dict=False,
         )[0]
 
@@ -107,9 +117,10 @@ class FlowDenoiser(nn.Module):
     @torch.no_grad()
     def sample(self, condition: Condition, generator: torch.Generator | None = None) -> Tensor:
         """Latents (B, C, S, S) rebuilt from the condition: Euler steps from noise (t = 1) to data (t = 0)."""
-        device = condition.vec.device
-        n, e = self.token_shape
-        x = torch.randn(len(condition.vec), n, e, generator=generator).to(device)
+        told = condition.txt if condition.vec is None else condition.vec
+        assert told is not None
+        device, (n, e) = told.device, self.token_shape
+        x = torch.randn(len(told), n, e, generator=generator).to(device)
         times = torch.linspace(1, 0, self.ode_steps + 1, device=device)
         for now, after in pairwise(times):
             x = x + (after - now) * self.velocity(x, now.expand(len(x)), condition).float()

@@ -1,0 +1,144 @@
+"""What every recipe class shares: documented fields, changes by name, and the way through JSON and back.
+
+A recipe is a flat, frozen dataclass whose stages are nested tables of the same kind; a field inside a table is named
+with a dot (``stage1.max_steps``). Nothing in this file imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Any, Literal, TypeVar
+
+from llava_genhancer.errors import InputError
+
+T = TypeVar("T")
+R = TypeVar("R")  # a recipe class: Recipe in recipes.py, LlavaRecipe in llava/recipes.py
+
+
+def option(default: T, help: str) -> T:
+    """A dataclass field with a default and the sentence that documents it (``--help`` and ``recipes`` print it)."""
+    return typing.cast(T, field(default=default, metadata={"help": help}))
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """Names and resolved types of a recipe class's fields, stages as dotted names (``stage1.max_steps``)."""
+    flat: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            flat.update({f"{name}.{inner}": t for inner, t in field_types(typing.cast(type, kind)).items()})
+        else:
+            flat[name] = kind
+    return flat
+
+
+def field_help(cls: type) -> dict[str, str]:
+    """The sentence behind every dotted field name of a recipe class."""
+    texts: dict[str, str] = {}
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(f.default):
+            texts.update({f"{f.name}.{inner}": text for inner, text in field_help(type(f.default)).items()})
+        else:
+            texts[f.name] = f.metadata["help"]
+    return texts
+
+
+def override(recipe: R, changes: Mapping[str, Any]) -> R:
+    """A copy of ``recipe`` with fields changed by dotted name; strings are parsed by the field's type.
+
+    Raises:
+        InputError: unknown field (with a suggestion) or a value that does not fit.
+    """
+    known = field_types(type(recipe))
+    top: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        if name not in known:
+            raise InputError(
+                f"unknown recipe field '{name}'{suggest(name, known)}; `llava-genhancer recipes` lists all"
+            )
+        parsed = _parse(name, value, known[name])
+        stage, _, inner = name.rpartition(".")
+        if stage:
+            nested.setdefault(stage, {})[inner] = parsed
+        else:
+            top[name] = parsed
+    for stage, fields in nested.items():
+        try:
+            top[stage] = dataclasses.replace(getattr(recipe, stage), **fields)
+        except InputError as error:
+            raise InputError(f"{stage}: {error}") from None
+    return typing.cast(R, dataclasses.replace(typing.cast(Any, recipe), **top))
+
+
+def to_dict(recipe: Any) -> dict[str, Any]:
+    """Plain JSON types, dotted names flattened, in field order."""
+    flat = {}
+    for name in field_types(type(recipe)):
+        value: Any = recipe
+        for part in name.split("."):
+            value = getattr(value, part)
+        flat[name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def from_dict(values: Mapping[str, Any], cls: type[R]) -> R:
+    """The inverse of :func:`to_dict`; unknown keys are errors, absent ones take the default."""
+    return override(cls(), values)
+
+
+def differences(ours: R, theirs: R, ignore: tuple[str, ...] = ()) -> list[str]:
+    """One line per field that differs, ``name: theirs -> ours``."""
+    a, b = to_dict(theirs), to_dict(ours)
+    return [f"{k}: {json.dumps(a[k])} -> {json.dumps(b[k])}" for k in b if k not in ignore and a[k] != b[k]]
+
+
+def suggest(name: str, known: typing.Iterable[str]) -> str:
+    """``, did you mean 'NEAREST'?`` for an unknown name, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f", did you mean '{near[0]}'?" if near else ""
+
+
+def _parse(name: str, value: Any, kind: Any) -> Any:
+    """``value`` (a string from the command line, or a JSON value) as the field's type."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):  # only `X | None` occurs
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
+            return None
+        return _parse(name, value, next(a for a in args if a is not type(None)))
+    if origin is Literal:
+        if value not in args:
+            raise InputError(f"{name}={value}: choose one of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str):
+            value = [v for v in value.strip("()[]").split(",") if v.strip()]
+        if not isinstance(value, list | tuple):
+            raise InputError(f"{name}={value}: needs comma-separated values (in JSON, a list)")
+        items = list(value)
+        inner = [args[0]] * len(items) if args[-1] is Ellipsis else list(args)
+        if len(items) != len(inner):
+            raise InputError(f"{name}={','.join(map(str, items))}: needs {len(inner)} comma-separated values")
+        return tuple(_parse(name, v.strip() if isinstance(v, str) else v, k) for v, k in zip(items, inner, strict=True))
+    if kind is bool:
+        words = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+        if isinstance(value, bool) or str(value).lower() in words:
+            return value if isinstance(value, bool) else words[str(value).lower()]
+        raise InputError(f"{name}={value}: say true or false")
+    try:
+        if isinstance(value, bool) or (kind is str and not isinstance(value, str)):
+            raise ValueError
+        if kind is int and isinstance(value, float) and value != int(value):
+            raise ValueError
+        parsed = kind(value)
+        if not (math.isfinite(parsed) if kind is float else kind is str or abs(parsed) < 2**63):
+            raise ValueError
+        return parsed
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{name}={value}: needs a value of type {kind.__name__}") from None
