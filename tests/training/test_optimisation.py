@@ -115,3 +115,27 @@ def test_bf16_is_for_the_trained_model_alone(tiny_fields, tmp_path, monkeypatch)
     assert seen["vae"] == {False}
     assert seen["denoiser"] == {(True, torch.float32, torch.float32, torch.float32)}
     assert {v.dtype for v in load_file(folder / "weights.safetensors").values()} == {torch.float32}
+
+
+def test_sgd_with_momentum_is_sgd_with_momentum(tiny_fields, tmp_path) -> None:
+    """Two steps by the recipe against two steps written out: v <- m v + (g + decay w), w <- w - lr v."""
+    fields = {**tiny_fields, **QUIET, "optimizer": "sgd", "momentum": 0.5, "weight_decay": 0.1, "max_grad_norm": 0}
+    seen: list[dict[str, torch.Tensor]] = []
+    original = torch.optim.SGD.step
+
+    def spy(self, *args, **kwargs):
+        parameters = [p for g in self.param_groups for p in g["params"]]
+        before = [p.detach().clone() for p in parameters]
+        gradients = [p.grad.clone() for p in parameters]
+        result = original(self, *args, **kwargs)
+        seen.append({"before": before, "gradients": gradients, "after": [p.detach().clone() for p in parameters]})
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", spy)
+        stage_1(fields, tmp_path / "run", **{"stage1.max_steps": 2, "stage1.learning_rate": 0.1})
+    velocity = [torch.zeros_like(w) for w in seen[0]["before"]]
+    for now in seen:
+        velocity = [0.5 * v + g + 0.1 * w for v, g, w in zip(velocity, now["gradients"], now["before"], strict=True)]
+        expected = [w - 0.1 * v for w, v in zip(now["before"], velocity, strict=True)]
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(now["after"], expected, strict=True))
