@@ -36,6 +36,17 @@ def test_the_steps_of_each_choice() -> None:
     assert names(with_all) == ["enhance", "mmvp", *TINY[3:7], "lmms", "report"]
 
 
+def test_another_recipe_enhances_and_its_backbone_is_the_original() -> None:
+    steps = {step.name: step.command for step in plan(choices("vicuna-7b", recipe="siglip-so400m-384", baseline=True))}
+    assert steps["enhance"][:2] == ("enhance", "siglip-so400m-384")
+    assert (
+        steps["baseline-pretrain"][steps["baseline-pretrain"].index("--tower") + 1]
+        == "google/siglip-so400m-patch14-384"
+    )
+    with pytest.raises(InputError, match="unknown recipe 'siglip'"):
+        plan(choices("vicuna-7b", recipe="siglip"))
+
+
 def test_both_towers_are_trained_on_the_same_data_in_folders_of_their_own() -> None:
     steps = {step.name: step.command for step in plan(choices())}
     for name in ("pretrain", "finetune"):

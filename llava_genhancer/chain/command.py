@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("preset", metavar="PRESET", help=", ".join(PRESETS))
     p.add_argument("--output_dir", metavar="RUN", type=Path, help="run folder (default: runs/PRESET)")
+    p.add_argument("--recipe", metavar="NAME", help="how to enhance: another backbone or method, e.g. tiny-masked")
     p.add_argument("--tower", metavar="DIR", help="use this tower: nothing is enhanced")
     p.add_argument("--baseline", action="store_true", help="train with the original tower too (tiny always does)")
     p.add_argument("--data", metavar="PATH", help="images to enhance with: tar shards, folder, dataset or LLaVA's JSON")
@@ -66,6 +67,7 @@ def _main(argv: list[str]) -> int:
     choices = Choices(
         preset=args.preset,
         run_dir=args.output_dir or Path("runs") / args.preset,
+        recipe=args.recipe,
         tower=args.tower,
         baseline=args.baseline,
         fork=args.fork,

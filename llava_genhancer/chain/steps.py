@@ -50,6 +50,7 @@ class Choices:
 
     preset: str
     run_dir: Path
+    recipe: str | None = None
     tower: str | None = None
     baseline: bool = False
     fork: Path | None = None
@@ -62,6 +63,10 @@ class Choices:
     hostfile: str | None = None
     deepspeed: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def recipe_name(self) -> str:
+        return self.recipe or PRESETS[self.preset]
 
     @property
     def gpus(self) -> bool:
@@ -77,7 +82,7 @@ def plan(choices: Choices) -> list[Step]:
     if choices.preset not in PRESETS:
         raise InputError(f"no preset '{choices.preset}': there are {', '.join(PRESETS)}")
     enhance_fields, llava_fields = split_fields(choices.fields)
-    recipe = recipes.override(recipes.get_recipe(PRESETS[choices.preset]), enhance_fields)
+    recipe = recipes.override(recipes.get_recipe(choices.recipe_name), enhance_fields)
     llava = recipes.override(llava_recipes.get_recipe(choices.preset), llava_fields)
     run_dir, original = choices.run_dir, recipe.backbone
     own = run_dir / "tower"
@@ -87,7 +92,7 @@ def plan(choices: Choices) -> list[Step]:
         data = ["--data", choices.data] if choices.data else []
         command = [
             "enhance",
-            PRESETS[choices.preset],
+            choices.recipe_name,
             "--output_dir",
             str(run_dir),
             *data,
