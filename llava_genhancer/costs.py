@@ -127,9 +127,28 @@ def denoiser_parameters(recipe: Recipe, vae: Vae = FLUX_VAE) -> int:
 
 
 def projector_parameters(recipe: Recipe, backbone: Backbone) -> int:
-    """Parameters of the two heads that turn the global token into the condition."""
+    """Parameters of the heads that turn tokens into the condition."""
     token = backbone.token_dim
-    return sum(2 * token + _linear(token, out) + _linear(out, out) for out in (recipe.vec_dim, recipe.txt_dim))
+    if recipe.projector == "linear":
+        return sum(_linear(token, out) for out, _ in _heads(recipe, backbone))
+    return sum(2 * token + _linear(token, out) + _linear(out, out) for out, _ in _heads(recipe, backbone))
+
+
+def _heads(recipe: Recipe, backbone: Backbone) -> list[tuple[int, int]]:
+    """Width and number of tokens of each head of the projector."""
+    ways = {"vec": (recipe.vec_dim, 1), "txt": (recipe.txt_dim, condition_tokens(recipe, backbone))}
+    return [size for way, size in ways.items() if recipe.condition_into in (way, "both")]
+
+
+def condition_tokens(recipe: Recipe, backbone: Backbone) -> int:
+    """Tokens that the denoiser is told of one image: the global one, and the local ones that the recipe adds."""
+    if recipe.condition == "cls":
+        return 1
+    if recipe.condition == "pooled":
+        return 2
+    local = ((recipe.image_size or backbone.image_size) // backbone.patch) ** 2
+    count = round(recipe.local_ratio * local) if recipe.local_count is None else recipe.local_count
+    return 1 + (count if recipe.local_replacement else min(count, local))
 
 
 def _layers(count: int, d: int, m: int) -> int:
@@ -242,9 +261,16 @@ def _passes(linear: float, attention: float, mode: Mode) -> float:
     return (3 if mode == "train" else 2) * linear + 3 * attention
 
 
-def denoiser_flops(recipe: Recipe, image_size: int, vae: Vae = FLUX_VAE, mode: Mode = "forward") -> float:
-    """FLOPs of the DiT for one image: 271.5 G forward, 814.5 G trained, 545.8 G frozen but differentiated at 224 px."""
-    d, e, text = recipe.denoiser_heads * recipe.denoiser_head_dim, 4 * vae.latent_channels, 1
+def denoiser_flops(
+    recipe: Recipe, image_size: int, vae: Vae = FLUX_VAE, mode: Mode = "forward", *, text: int = 1
+) -> float:
+    """FLOPs of the DiT for one image: 271.5 G forward, 814.5 G trained, 545.8 G frozen but differentiated at 224 px.
+
+    Args:
+        image_size: side of what the target tokenizer sees.
+        text: condition tokens in joint attention.
+    """
+    d, e = recipe.denoiser_heads * recipe.denoiser_head_dim, 4 * vae.latent_channels
     n = (image_size // vae.downscale // 2) ** 2
     double, single = recipe.denoiser_layers, recipe.denoiser_single_layers
     per_image = 2 * (256 * d + d * d) + recipe.vec_dim * d + d * d + double * 12 * d * d + single * 3 * d * d
@@ -255,8 +281,9 @@ def denoiser_flops(recipe: Recipe, image_size: int, vae: Vae = FLUX_VAE, mode: M
 
 
 def projector_flops(recipe: Recipe, backbone: Backbone, mode: Mode = "forward") -> float:
-    """FLOPs of the two condition heads for one image."""
-    heads = sum(backbone.token_dim * out + out * out for out in (recipe.vec_dim, recipe.txt_dim))
+    """FLOPs of the condition's heads for one image."""
+    deep = recipe.projector == "mlp"
+    heads = sum(n * (backbone.token_dim * out + deep * out * out) for out, n in _heads(recipe, backbone))
     return _passes(2 * heads, 0, mode)
 
 
@@ -274,7 +301,7 @@ def backbone_flops(recipe: Recipe, backbone: Backbone, mode: Mode = "forward", *
     layers = backbone.layers * t * (4 * d * d + 2 * d * m)
     attention = backbone.layers * 2 * t * t * d
     if backbone.kind == "clip":
-        head = d * backbone.projection
+        head = d * backbone.projection * (1 if recipe.condition == "cls" else t)
     else:  # one probe attends to all tokens
         head = 2 * t * d * d + 2 * d * d + 2 * d * m
         attention += 2 * t * d
@@ -308,7 +335,7 @@ def vae_encoder_flops(image_size: int, vae: Vae = FLUX_VAE) -> float:
 def step_flops(recipe: Recipe, stage: int, backbone: Backbone, vae: Vae = FLUX_VAE) -> dict[str, float]:
     """FLOPs of one image in a training step, by part; the denoiser's part holds the projector."""
     trains = stage_recipe(recipe, stage).trains
-    size = recipe.image_size or backbone.image_size
+    target_size = recipe.target_size or recipe.image_size or backbone.image_size
     through = "backbone" in trains
     lora = through and recipe.lora_rank > 0
 
@@ -319,9 +346,9 @@ def step_flops(recipe: Recipe, stage: int, backbone: Backbone, vae: Vae = FLUX_V
 
     eye: Mode = "forward" if not through else "frozen" if lora else "train"
     return {
-        "target encoding": vae_encoder_flops(size, vae),
+        "target encoding": vae_encoder_flops(target_size, vae),
         "backbone": backbone_flops(recipe, backbone, eye, lora=lora),
-        "denoiser": denoiser_flops(recipe, size, vae, mode("denoiser"))
+        "denoiser": denoiser_flops(recipe, target_size, vae, mode("denoiser"), text=condition_tokens(recipe, backbone))
         + projector_flops(recipe, backbone, mode("projector")),
     }
 
@@ -393,7 +420,7 @@ def memory(
         buffers = 2.0 * width * min(zero.bucket, trained)
         if level >= 3:
             buffers += width * min(zero.live_parameters, trained + frozen)
-    size = recipe.image_size or backbone.image_size
+    size = recipe.target_size or recipe.image_size or backbone.image_size
     pixel = 4 if recipe.vae_dtype == "float32" else 2
     # Encoding ends before the forward pass starts: the larger of the two counts. Four maps of the first level live.
     encoding = 4 * batch * vae.channels[0] * size**2 * pixel
@@ -433,7 +460,8 @@ def activation_bytes(
     trains = stage_recipe(recipe, stage).trains
     batch, size = recipe.per_device_batch_size, recipe.image_size or backbone.image_size
     d, blocks = recipe.denoiser_heads * recipe.denoiser_head_dim, recipe.denoiser_layers + recipe.denoiser_single_layers
-    n = (size // vae.downscale // 2) ** 2 + 1
+    target_size = recipe.target_size or size
+    n = (target_size // vae.downscale // 2) ** 2 + condition_tokens(recipe, backbone)
     one_block = batch * n * (29.3 * 2 * d + 4 * recipe.denoiser_heads * n)
     if "denoiser" not in trains:
         one_block *= 0.6

@@ -179,6 +179,37 @@ def test_denoiser_flops_match_a_count(mode: str) -> None:
     assert batch * ours == pytest.approx(flops(run), rel=0.01)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"condition": "locals", "local_ratio": 0.5},
+        {"condition": "locals", "local_count": 5, "condition_into": "txt", "projector": "linear"},
+        {"condition": "pooled"},
+        {"condition_into": "vec"},
+    ],
+)
+def test_what_other_conditions_cost(changes: dict) -> None:
+    """Parameters and FLOPs of projector and denoiser under each condition, against the modules themselves."""
+    from llava_genhancer.enhance.conditions import Projector
+    from llava_genhancer.enhance.denoisers.flow import FlowDenoiser
+
+    recipe, vae, batch = recipes.override(SMALL, changes), costs.Vae(latent_channels=4), 3
+    eye = dataclasses.replace(LARGE, image_size=56)  # 4 x 4 patches
+    denoiser, projector = FlowDenoiser(recipe, 4, 16), Projector(recipe, 768)
+    assert sum(p.numel() for p in projector.parameters()) == costs.projector_parameters(recipe, eye)
+    condition = projector(torch.randn(batch, 1 + 16, 768))
+    told = 1 if condition.txt is None else condition.txt.shape[1]
+    assert told == costs.condition_tokens(recipe, eye)
+
+    def run() -> None:
+        denoiser(torch.randn(batch, 4, 16, 16), projector(torch.randn(batch, 17, 768)))
+
+    with torch.no_grad():
+        counted = flops(run)
+    ours = costs.denoiser_flops(recipe, 128, vae, text=told) + costs.projector_flops(recipe, eye)
+    assert batch * ours == pytest.approx(counted, rel=0.01)
+
+
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 @pytest.mark.parametrize("learns", [False, True])
 def test_backbone_flops_match_a_count(kind: str, learns: bool) -> None:
