@@ -8,10 +8,9 @@ counts only if both its statements go to the right image. The score is the mean 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,25 +43,11 @@ __all__ = [
 PROMPT = "a photo of "
 
 
-@contextlib.contextmanager
-def _exact_fp32() -> Iterator[None]:
-    """fp32 that is fp32: no TF32 in matmuls or convolutions, and the same kernels every time."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
 def pair_logits(tower: Tower, pairs: Sequence[Pair]) -> Tensor:
     """Logits (K, 2, 2) of each pair's statements (rows) against its own two images (columns), fp32 on the CPU."""
-    images = tower.images([open_image(path) for pair in pairs for path in pair.images])
-    texts = tower.texts([PROMPT + statement for pair in pairs for statement in pair.statements])
-    with torch.no_grad(), _exact_fp32():
-        # The model's own forward, so that scale, bias and normalisation are its own: (2K texts, 2K images).
-        logits = tower.model(input_ids=texts, **images).logits_per_text
+    images = [open_image(path) for pair in pairs for path in pair.images]
+    texts = [PROMPT + statement for pair in pairs for statement in pair.statements]
+    logits = tower.logits(images, texts)  # (2K texts, 2K images)
     blocks = logits.float().cpu().view(len(pairs), 2, len(pairs), 2)
     own = torch.arange(len(pairs))
     return blocks[own, :, own]

@@ -5,6 +5,8 @@ Legend: B images or texts in a batch, L tokens of a text.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -62,6 +64,38 @@ class Tower:
             texts = [t.lower() for t in texts]
         options: dict[str, Any] = {"truncation": True, "padding": "max_length", "max_length": self.max_length}
         return self.tokenizer(texts, return_tensors="pt", **options)["input_ids"].to(self.device)
+
+    @torch.no_grad()
+    def logits(self, images: list[Image.Image], texts: list[str]) -> Tensor:
+        """Every text against every image (texts, images), fp32; scale, bias and normalisation are the model's own."""
+        with exact_fp32():
+            return self.model(input_ids=self.texts(texts), **self.images(images)).logits_per_text
+
+    @torch.no_grad()
+    def image_features(self, images: list[Image.Image]) -> Tensor:
+        """Embeddings of RGB images, not normalised: fp32 (B, D) on the tower's device, D the shared space's width."""
+        model: Any = self.model
+        with exact_fp32():
+            return model.get_image_features(**self.images(images)).pooler_output
+
+    @torch.no_grad()
+    def text_features(self, texts: list[str]) -> Tensor:
+        """Embeddings of texts, not normalised: fp32 (B, D) on the tower's device, D the shared space's width."""
+        model: Any = self.model
+        with exact_fp32():
+            return model.get_text_features(input_ids=self.texts(texts)).pooler_output
+
+
+@contextlib.contextmanager
+def exact_fp32() -> Iterator[None]:
+    """fp32 that is fp32: no TF32 in matmuls or convolutions, and the same kernels every time."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def resolve_name(name: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate import mmvp_vlm, paper
+from llava_genhancer.evaluate import paper, towers
 from llava_genhancer.evaluate.mmvp_results import MmvpResult, compare, load_results
 from llava_genhancer.evaluate.mmvp_vlm import evaluate_tower, load_benchmark, pair_logits, run, short_labels, table
 from llava_genhancer.evaluate.towers import Tower, load_tower
@@ -261,7 +261,7 @@ def test_broken_weights_do_not_become_a_score(clip_dir, benchmark):
 
 def test_fp32_settings_are_put_back(clip_dir, benchmark):
     before = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark)
-    with mmvp_vlm._exact_fp32():
+    with towers.exact_fp32():
         assert torch.get_float32_matmul_precision() == "highest"
         assert not torch.backends.cudnn.allow_tf32
     after = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark)
