@@ -41,7 +41,7 @@ STYLE = {
 }
 
 
-class _Drawing:
+class Drawing:
     """A figure under our style alone, written whole when the block ends without an error."""
 
     def __init__(self, path: str | Path, width: float, height: float):
@@ -69,7 +69,7 @@ def _defaults() -> dict[str, Any]:
     return {k: v for k, v in matplotlib.rcParamsDefault.items() if not k.startswith("backend")}
 
 
-def _short(label: str, limit: int = 34) -> str:
+def short(label: str, limit: int = 34) -> str:
     """One line; of a long one the middle goes, since paths and model names differ at both ends."""
     label = " ".join(label.split())
     return label if len(label) <= limit else label[: limit // 2 - 1] + "…" + label[-(limit // 2) :]
@@ -77,7 +77,7 @@ def _short(label: str, limit: int = 34) -> str:
 
 def mmvp_figure(results: Sequence[MmvpResult], path: str | Path) -> None:
     """Bars per pattern and the average, with 95 % intervals; the paper's figures as diamonds where Table 1 has them."""
-    with _Drawing(path, 12.5, 5.0) as figure:
+    with Drawing(path, 12.5, 5.0) as figure:
         axes = figure.add_subplot()
         places = np.array([*range(9), 9.5])  # the average stands apart
         width = 0.84 / len(results)
@@ -89,7 +89,7 @@ def mmvp_figure(results: Sequence[MmvpResult], path: str | Path) -> None:
             errors = np.array([[s.percent - s.low for s in scores], [s.high - s.percent for s in scores]])
             bars = axes.bar(
                 x, heights, 0.92 * width, color=COLOURS[i % 8], hatch=HATCHES[i % 8], edgecolor="white", linewidth=0.4,
-                label=_short(result.label),
+                label=short(result.label),
             )  # fmt: skip
             handles.append(bars)
             axes.errorbar(x, heights, errors.clip(0), fmt="none", ecolor=INK, elinewidth=0.9, capsize=2.0)
@@ -137,7 +137,7 @@ def loss_figure(histories: Mapping[str, Sequence[tuple[int, float]]], path: str 
     Args:
         histories: title to (step, loss) pairs, in order of steps; none empty.
     """
-    with _Drawing(path, 5.6 * max(len(histories), 1), 3.8) as figure:
+    with Drawing(path, 5.6 * max(len(histories), 1), 3.8) as figure:
         panels = figure.subplots(1, len(histories), squeeze=False)[0]
         for axes, (title, history) in zip(panels, histories.items(), strict=True):
             steps, losses = [s for s, _ in history], [x for _, x in history]
@@ -174,7 +174,7 @@ def t_density_figure(sampling: str, scale: float, shift: float, seed: int, path:
     from llava_genhancer.enhance.objectives import sample_t, t_density
 
     draws = 20_000
-    with _Drawing(path, 5.6, 3.6) as figure:
+    with Drawing(path, 5.6, 3.6) as figure:
         axes = figure.add_subplot()
         generator = torch.Generator().manual_seed(seed)
         t = sample_t(draws, sampling, scale, shift, generator=generator)  # type: ignore[arg-type]
@@ -203,7 +203,7 @@ def reconstructions_figure(rows: Sequence[tuple[str, Sequence[Image.Image]]], pa
     columns = max(len(images) for _, images in rows)
     side, gap, margin = 1.2, 0.06, 1.15  # inches
     width, height = margin + columns * (side + gap), gap + len(rows) * (side + gap)
-    with _Drawing(path, width, height) as figure:
+    with Drawing(path, width, height) as figure:
         figure.set_layout_engine("none")
         for i, (label, images) in enumerate(rows):
             bottom = height - (i + 1) * (side + gap)
@@ -230,7 +230,7 @@ def probes_figure(
         details: names, top to bottom.
         towers: label to detail to ``{"accuracy", "interval": [low, high], "chance"?}``, fractions in [0, 1].
     """
-    with _Drawing(path, 7.6, 1.3 + (0.22 + 0.16 * len(towers)) * len(details)) as figure:
+    with Drawing(path, 7.6, 1.3 + (0.22 + 0.16 * len(towers)) * len(details)) as figure:
         axes = figure.add_subplot()
         places = np.arange(len(details))[::-1]
         step = 0.5 / max(len(towers), 2)
@@ -242,7 +242,7 @@ def probes_figure(
             errors = np.stack([x - ends[:, 0], ends[:, 1] - x]).clip(0)
             axes.errorbar(
                 x, y, xerr=errors, fmt="os^Dv"[i % 5], color=COLOURS[i % 8], markersize=6, elinewidth=1.4, capsize=2.5,
-                label=_short(label),
+                label=short(label),
             )  # fmt: skip
         first: Mapping[str, Mapping[str, Any]] = next(iter(towers.values()), {})
         chances = [
@@ -252,7 +252,7 @@ def probes_figure(
             axes.scatter([x for x, _ in chances], [y for _, y in chances], marker="|", s=220, color=INK, label="chance")
         for y in places[:-1]:
             axes.axhline(y - 0.5, color="#EEEEEE", linewidth=0.8, zorder=0)
-        axes.set_yticks(places, [_short(d, 28) for d in details])
+        axes.set_yticks(places, [short(d, 28) for d in details])
         axes.tick_params(axis="y", length=0)
         axes.set(xlim=(0, 101), ylim=(-0.6, len(details) - 0.4), xlabel=measure)
         axes.grid(axis="x", color="#E5E5E5", linewidth=0.8)
@@ -272,7 +272,7 @@ def changes_figure(
         names: top to bottom.
         changes: label to name to (points, low, high).
     """
-    with _Drawing(path, 7.6, 1.3 + (0.24 + 0.14 * len(changes)) * len(names)) as figure:
+    with Drawing(path, 7.6, 1.3 + (0.24 + 0.14 * len(changes)) * len(names)) as figure:
         axes = figure.add_subplot()
         places = np.arange(len(names))[::-1]
         step = 0.5 / max(len(changes), 2)
@@ -283,12 +283,12 @@ def changes_figure(
             errors = np.array([[points - low, high - points] for _, (points, low, high) in known]).reshape(-1, 2).T
             axes.errorbar(
                 x, y, xerr=errors.clip(0), fmt="os^Dv"[i % 5], color=COLOURS[(i + 1) % 8], markersize=6, elinewidth=1.4,
-                capsize=2.5, label=_short(label),
+                capsize=2.5, label=short(label),
             )  # fmt: skip
         axes.axvline(0, color=INK, linewidth=0.9, linestyle=(0, (5, 4)), zorder=0.5)
-        axes.set_yticks(places, [_short(n, 28) for n in names])
+        axes.set_yticks(places, [short(n, 28) for n in names])
         axes.tick_params(axis="y", length=0)
-        axes.set(ylim=(-0.6, len(names) - 0.4), xlabel=_short(measure, 60))
+        axes.set(ylim=(-0.6, len(names) - 0.4), xlabel=short(measure, 60))
         axes.grid(axis="x", color="#E5E5E5", linewidth=0.8)
         axes.set_axisbelow(True)
         figure.legend(loc="outside upper right", ncols=len(changes))
@@ -312,14 +312,14 @@ def seeds_figure(
 ) -> None:
     """Change per seed: MMVP-VLM with 95 % intervals on the left, each probed detail's change on the right."""
     rows = max(len(seeds), len(probes))
-    with _Drawing(path, 11.0 if probes else 6.0, 1.6 + 0.34 * rows) as figure:
+    with Drawing(path, 11.0 if probes else 6.0, 1.6 + 0.34 * rows) as figure:
         panels = figure.subplots(1, 2 if probes else 1, squeeze=False)[0]
         low, high = [c.difference - c.low for c in comparisons], [c.high - c.difference for c in comparisons]
         panels[0].errorbar(
             [c.difference for c in comparisons], np.arange(len(seeds))[::-1], xerr=np.array([low, high]).clip(0),
             fmt="o", color=COLOURS[1], markersize=6, elinewidth=1.4, capsize=2.5,
         )  # fmt: skip
-        panels[0].set_yticks(np.arange(len(seeds))[::-1], [f"seed {_short(str(s), 20)}" for s in seeds])
+        panels[0].set_yticks(np.arange(len(seeds))[::-1], [f"seed {short(str(s), 20)}" for s in seeds])
         panels[0].set(title="MMVP-VLM, 95 % intervals", ylim=(-0.6, len(seeds) - 0.4))
         names = list(probes)[::-1]
         for row, values in enumerate(probes[name] for name in names):
@@ -327,7 +327,7 @@ def seeds_figure(
             panels[1].scatter(values, dots, s=26, color=COLOURS[2], edgecolor=INK, linewidth=0.6, zorder=3)
             panels[1].scatter([mean], [row], marker="|", s=260, color=INK, linewidth=2.0, zorder=4)
         if probes:
-            panels[1].set_yticks(range(len(names)), [_short(name, 28) for name in names])
+            panels[1].set_yticks(range(len(names)), [short(name, 28) for name in names])
             panels[1].set(title="Linear probes: dots are seeds, bars their mean", ylim=(-0.6, len(names) - 0.4))
         for axes in panels:
             axes.axvline(0, color=INK, linewidth=0.9, linestyle=(0, (5, 4)), zorder=0.5)

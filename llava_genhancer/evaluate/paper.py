@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -125,3 +125,83 @@ def find_backbone(names: Iterable[str]) -> Backbone | None:
             if re.fullmatch(f"{backbone.recipe}(-flow)?", name) or backbone.hub_id.split("/")[1] in known:
                 return backbone
     return None
+
+
+# --- ablations: MMVP-VLM by cell and backbone ---------------------------------------------------------------------
+
+_OPENAI, _OPENAI_336, _META, _META_H = "openai-l14-224", "openai-l14-336", "metaclip-l14-224", "metaclip-h14-224"
+_SIGLIP, _SIGLIP_384 = "siglip-so400m-224", "siglip-so400m-384"
+
+
+def _columns(backbones: tuple[str, ...], cells: Mapping[str, tuple[float, ...]]) -> dict[str, dict[str, float]]:
+    return {label: dict(zip(backbones, values, strict=True)) for label, values in cells.items()}
+
+
+# Table or figure to cell to backbone's recipe. Figures 5, 6, 8 and 9 are drawn in the paper without their numbers.
+ABLATIONS: dict[str, dict[str, dict[str, float]]] = {
+    "table4": _columns(
+        (_OPENAI, _OPENAI_336, _META),
+        {
+            "uniform": (21.5, 22.2, 23.7),
+            "s = 0.1": (27.4, 25.9, 26.7),
+            "s = 0.5": (28.2, 28.9, 29.6),
+            "s = 1": (31.9, 29.6, 31.9),
+            "s = 5": (24.5, 25.9, 25.9),
+            "s = 10": (20.7, 20.0, 21.5),
+        },
+    ),
+    "table5": _columns(
+        (_SIGLIP,),
+        {
+            "continuous 1 + 2": (41.5,),
+            "continuous 2 + 4": (42.2,),
+            "continuous 3 + 6": (42.2,),
+            "continuous 4 + 8": (41.5,),
+            "discrete 2": (41.5,),
+            "discrete 4": (43.7,),
+            "discrete 6": (45.2,),
+            "discrete 8": (43.7,),
+        },
+    ),
+    "table6": _columns(
+        (_OPENAI, _SIGLIP, _SIGLIP_384),
+        {"DIVA": (25.9, 40.7, 38.5), "continuous": (31.9, 42.2, 40.0), "discrete": (28.9, 45.2, 40.7)},
+    ),
+    "table7": _columns((_OPENAI, _META_H), {"pretrained": (32.6, 37.1), "lightweight": (31.9, 37.1)}),
+    "table8": _columns(
+        (_OPENAI,),
+        {
+            "50 %": (28.1,),
+            "60 %": (27.4,),
+            "70 %": (28.9,),
+            "75 %": (27.4,),
+            "80 %": (26.7,),
+            "85 %": (25.9,),
+            "90 %": (25.9,),
+            "50-90 %": (28.9,),
+        },
+    ),
+    # Gathered from Tables 1, 6 and 7, and for DCR from its own paper (arXiv 2603.04803).
+    "modes": {
+        "flow": {b.recipe: row[2][9] for b, row in zip(BACKBONES, _TABLE1.values(), strict=True)},
+        "masked": {_OPENAI: 28.9, _SIGLIP: 45.2, _SIGLIP_384: 40.7},
+        "diva": {b.recipe: row[1][9] for b, row in zip(BACKBONES, _TABLE1.values(), strict=True)},
+        "dcr": {_OPENAI: 33.3, _OPENAI_336: 31.1, _META: 32.6, _META_H: 37.8, _SIGLIP: 43.0, _SIGLIP_384: 42.2},
+        "flux": {_OPENAI: 32.6, _META_H: 37.1},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A row of Table 7: parameters of the denoiser, peak memory in GB, seconds per 100 iterations of 2 images a device.
+
+    The paper does not say on which GPUs, how many of them, or in which stage.
+    """
+
+    parameters: float
+    memory_gb: float
+    seconds: float
+
+
+TABLE7 = {"pretrained": Cost(11.90e9, 37.33, 198.57), "lightweight": Cost(1.31e9, 13.07, 20.55)}
