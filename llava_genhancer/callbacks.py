@@ -32,7 +32,7 @@ class Flow(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.check_losses()
+        self.trainer.guard.check()
         if self.trainer.rank == 0:
             self.trainer.write_history()
 

@@ -1,7 +1,7 @@
 """The command ``llava-genhancer``. Every verb imports what it needs when it runs, so that ``--help`` is quick.
 
-Exit status: 0 done; 1 doctor found something missing, or training hit a non-finite loss; 2 bad input (one line says
-what); 128 + signal: stopped with a checkpoint, the same command goes on.
+Exit status: 0 done; 1 doctor found something missing, or training met a bad step or lost a process; 2 bad input (one
+line says what); 128 + signal: stopped with a checkpoint, the same command goes on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llava_genhancer import __version__, recipes
-from llava_genhancer.errors import InputError
+from llava_genhancer.errors import InputError, OneRankError, disk_failure, lost_rank, reason
 from llava_genhancer.llava.commands import add_verbs as add_llava_verbs
 
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         status = _run(list(sys.argv[1:] if argv is None else argv))
     except InputError as error:
-        status = _fail(2, error)
+        status = _fail(2, error, on_all_ranks=not isinstance(error, OneRankError))
     except KeyboardInterrupt:
         status = _fail(130, "interrupted before there was anything to save")
     except BrokenPipeError:
@@ -55,11 +55,17 @@ def _known_failure(error: Exception) -> tuple[int, Exception | str] | None:
     trainer = sys.modules.get("llava_genhancer.trainer")
     if trainer is not None and isinstance(error, trainer.TrainingStopped):
         return 128 + error.signum, error
-    if trainer is not None and isinstance(error, trainer.NonFiniteLoss):
+    if trainer is not None and isinstance(error, trainer.BadStep):
         return 1, error
-    if isinstance(error, OSError) and error.errno in (28, 30, 13, 122):  # ENOSPC, EROFS, EACCES, EDQUOT
-        where = f" ({error.filename})" if error.filename else ""
-        return 2, f"{error.strerror}{where}: make room or choose another folder, then repeat the command"
+    if disk := disk_failure(error):
+        return 2, f"{disk}: make room or choose another folder, then repeat the command"
+    if lost := lost_rank(error):
+        rank = os.environ.get("RANK", "0")
+        advice = "what that one said tells why; the same command goes on from the last checkpoint"
+        return 1, f"rank {rank} lost another rank ({lost}): {advice}"
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        advice = "out of memory, most often: lower --num_workers; the same command goes on from the last checkpoint"
+        return 1, f"a data worker died ({reason(error)}): {advice}"
     if type(error).__name__ == "OutOfMemoryError":
         advice = "lower --per_device_batch_size, add --gradient_checkpointing true, or use configs/deepspeed/zero3.json"
         return 2, f"out of GPU memory: {advice}"
@@ -68,8 +74,9 @@ def _known_failure(error: Exception) -> tuple[int, Exception | str] | None:
     return None
 
 
-def _fail(status: int, message: object) -> int:
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0 or status != 2:
+def _fail(status: int, message: object, *, on_all_ranks: bool = False) -> int:
+    """Print one line; what all ranks say alike is said once."""
+    if not on_all_ranks or int(os.environ.get("LOCAL_RANK", "0")) == 0:
         print(f"llava-genhancer: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     return status
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import gc
 import logging
+import math
 import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
@@ -85,9 +86,17 @@ def accumulation(global_batch_size: int, per_device_batch_size: int) -> int:
 
 
 def training_arguments(
-    stage_dir: Path, deepspeed: str | None, *, global_batch_size: int, per_device_batch_size: int, **fields: Any
+    stage_dir: Path,
+    deepspeed: str | None,
+    *,
+    global_batch_size: int,
+    per_device_batch_size: int,
+    timeout_minutes: float = 30.0,
+    **fields: Any,
 ) -> TrainingArguments:
     """What holds for every training, and ``fields`` on top. Building it joins the process group.
+
+    Collectives wait a little longer than ``timeout_minutes``: the trainer's watchdog, which knows more, speaks first.
 
     Raises:
         InputError: the global batch does not divide over ranks and micro-batches, or the JSON is not usable.
@@ -104,6 +113,7 @@ def training_arguments(
             "gradient_accumulation_steps": steps,
             "optim": "adamw_torch",
             "use_cpu": on_cpu,
+            "ddp_timeout": math.ceil(60 * timeout_minutes * 1.25) + 5,
             "ddp_backend": "gloo" if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
             "deepspeed": deepspeed,
             "logging_first_step": True,
@@ -218,6 +228,7 @@ def finish_stage(trainer: ExactTrainer, final: Path, seconds: float, **facts: An
                 "seconds": round(seconds, 1),
                 "trainable_parameters": sum(_numel(p) for p in trainer.model.parameters() if p.requires_grad),
                 "skipped": skipped,
+                "skipped_steps": trainer.guard.skipped,
                 "weights_bytes": weights.stat().st_size,
                 "weights_sha256": run.sha256(weights),
             },

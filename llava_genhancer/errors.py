@@ -1,5 +1,14 @@
 """The one exception a user is meant to read, and the words it takes from others."""
 
+from __future__ import annotations
+
+import errno
+import os
+import re
+
+# What a full, read-only or forbidden disk answers.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
 
 class InputError(ValueError):
     """Something the user gave us cannot be used.
@@ -9,7 +18,35 @@ class InputError(ValueError):
     """
 
 
+class OneRankError(InputError):
+    """An InputError that one rank may meet alone, so that it must speak for itself."""
+
+
 def reason(error: BaseException) -> str:
     """What another library's exception says, as part of our one line: its first line, or its type if it is mute."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def disk_failure(error: BaseException) -> str | None:
+    """What the disk answered if ``error`` is its refusal, by whichever library that was met; else None."""
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
+    text = str(error)
+    if type(error).__name__ == "SafetensorError":
+        found = re.search(r"\(os error (\d+)\)", text)
+        return os.strerror(int(found[1])) if found and int(found[1]) in DISK_ERRORS else None
+    if isinstance(error, RuntimeError) and ("inline_container" in text or "PytorchStreamWriter" in text):
+        known = next((os.strerror(number) for number in DISK_ERRORS if os.strerror(number) in text), None)
+        # A write cut short shows as a wrong position in the archive, whatever the disk said. Reading has other words.
+        return known or ("torch could not write a file to its end" if "unexpected pos" in text else None)
+    return None
+
+
+def lost_rank(error: BaseException) -> str | None:
+    """What torch.distributed says if ``error`` means that another rank, or the way to it, is gone; else None."""
+    ours = {cls.__name__ for cls in type(error).__mro__} & {"DistNetworkError", "DistStoreError", "DistBackendError"}
+    text = reason(error)
+    if ours or (isinstance(error, RuntimeError) and "gloo" in text.lower()):
+        return re.sub(r"^\[.*?\] ", "", text)  # without the place in its source
+    return None

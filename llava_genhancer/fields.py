@@ -99,6 +99,20 @@ def differences(ours: R, theirs: R, ignore: tuple[str, ...] = ()) -> list[str]:
     return [f"{k}: {json.dumps(a[k])} -> {json.dumps(b[k])}" for k in b if k not in ignore and a[k] != b[k]]
 
 
+def check_bad_steps(spike_factor: float, max_skipped_steps: int, timeout_minutes: float) -> None:
+    """Refuse what no training can go by.
+
+    Raises:
+        InputError: a factor that ordinary losses exceed, a negative count, no time at all.
+    """
+    if spike_factor != 0 and spike_factor <= 1:
+        raise InputError(f"spike_factor={spike_factor} must be above 1, or 0 for never")
+    if max_skipped_steps < 0:
+        raise InputError(f"max_skipped_steps={max_skipped_steps} must not be negative")
+    if timeout_minutes <= 0:
+        raise InputError(f"timeout_minutes={timeout_minutes} must be positive")
+
+
 def suggest(name: str, known: typing.Iterable[str]) -> str:
     """``, did you mean 'NEAREST'?`` for an unknown name, or nothing."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

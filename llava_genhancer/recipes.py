@@ -15,6 +15,7 @@ from typing import Any, Literal
 from llava_genhancer.errors import InputError
 from llava_genhancer.fields import (
     R,
+    check_bad_steps,
     differences,
     field_help,
     field_types,
@@ -68,7 +69,7 @@ POSITIVE_COUNTS = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "num_workers", "lora_rank", "lora_alpha", "sample_images", "seed", "max_grad_norm", "weight_decay",
-    "denoiser_layers", "denoiser_single_layers", "align_weight",
+    "denoiser_layers", "denoiser_single_layers", "align_weight", "unmask_temperature",
 )  # fmt: skip
 MAX_SEED = 2**32 - 100  # numpy takes 32 bits, and the stages count on from it
 # Fields that only some denoisers read; under another one they must keep their default.
@@ -77,6 +78,9 @@ READ_BY = {
     "vae_posterior": ("flow", "unet"),
     "vq": ("masked",),
     "mask_ratio": ("masked",),
+    "masked_readout": ("masked",),
+    "masked_positions": ("masked",),
+    "unmask_temperature": ("masked",),
     "denoiser_weights": ("flow", "unet"),
     "denoiser_single_layers": ("flow",),
     "denoiser_rope_axes": ("flow",),
@@ -163,6 +167,17 @@ class Recipe:
     mask_ratio: tuple[float, float] = option(
         (0.5, 0.9), "share of masked tokens, drawn uniformly from this range; equal ends fix it (Table 8)"
     )
+    masked_readout: Literal["every", "last"] = option(
+        "every",
+        "layers in which masked positions look at the known ones (the paper is silent; ours: every, so that the "
+        "condition speaks to them at each depth; last: as Perceiver IO reads out)",
+    )
+    masked_positions: Literal["learned", "sincos"] = option(
+        "learned", "position embedding of the tokens (the paper is silent; ours: learned, the grid never changes)"
+    )
+    unmask_temperature: float = option(
+        4.5, "randomness in the order in which pictures are unmasked (ours: MaskGIT's); training never reads it"
+    )
 
     # Objective.
     objective: Literal["rebuild", "contrast"] = option(
@@ -211,6 +226,15 @@ class Recipe:
     precision: Literal["bf16", "fp32"] = option("bf16", "arithmetic of the trained model; master weights are fp32")
     gradient_checkpointing: bool = option(False, "recompute the denoiser's activations in the backward pass")
     seed: int = option(0, "seeds initialisation, noise, data order and augmentation (the reference seeds nothing)")
+    on_bad_step: Literal["stop", "skip"] = option(
+        "stop",
+        "where a loss or gradient is not finite, or a loss spikes: end, or leave the step out; costs a sync a step",
+    )
+    spike_factor: float = option(
+        0.0, "a loss this multiple of the median of the 50 steps before is a spike; 0 = never (ours)"
+    )
+    max_skipped_steps: int = option(10, "skipped steps of a training above which it ends all the same")
+    timeout_minutes: float = option(30.0, "time without progress after which a rank that hangs is an error")
 
     # Keeping.
     keep_checkpoints: int = option(2, "complete checkpoints kept per stage, two at least")
@@ -261,10 +285,12 @@ class Recipe:
         for name in ("image_size", "target_size", "local_count"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name}={value} must be at least 1")
+        check_bad_steps(self.spike_factor, self.max_skipped_steps, self.timeout_minutes)
         if self.seed > MAX_SEED:
             raise InputError(f"seed={self.seed} must be at most {MAX_SEED}")
         if self.denoiser_layers + self.denoiser_single_layers < 1:
             raise InputError("denoiser_layers and denoiser_single_layers are both 0: the denoiser needs a block")
+        self._check_masked()
         self._check_condition()
         for name, readers in READ_BY.items():
             if self.denoiser not in readers and getattr(self, name) != getattr(Recipe, name):
@@ -276,6 +302,20 @@ class Recipe:
             low, high = getattr(self, name)
             if not 0 < low <= high <= top:
                 raise InputError(f"{name}={low},{high} must rise from above 0{' to at most 1' if top == 1 else ''}")
+
+    def _check_masked(self) -> None:
+        if self.denoiser != "masked":
+            return
+        width = self.denoiser_heads * self.denoiser_head_dim
+        if self.denoiser_layers < 1:
+            raise InputError("denoiser_layers=0: denoiser=masked needs a layer")
+        if self.txt_dim != width:
+            raise InputError(
+                f"txt_dim={self.txt_dim} must be denoiser_heads x denoiser_head_dim = {width} with denoiser=masked: "
+                "condition and tokens are keys of one attention"
+            )
+        if self.masked_positions == "sincos" and width % 4:
+            raise InputError(f"masked_positions=sincos needs a width that 4 divides, not {width}")
 
     def _check_condition(self) -> None:
         if not 0 <= self.local_ratio <= 1:

@@ -30,11 +30,12 @@ from llava_genhancer.recipes import R, Recipe, differences, from_dict, to_dict
 
 MANIFEST = "manifest.json"
 MARKER = "complete.json"
-# Fields that may change between two starts of one run: they alter where or how often, never what is computed.
+# Fields that may change between two starts of one run: they alter where or how often, never what is computed, or say
+# what to do where the run would end.
 HARMLESS_FIELDS = (
     "name", "data", "image_folder", "keep_checkpoints", "sample_images", "sample_ode_steps",
     "stage1.save_steps", "stage1.sample_steps", "stage1.log_steps", "stage2.save_steps", "stage2.sample_steps",
-    "stage2.log_steps",
+    "stage2.log_steps", "on_bad_step", "spike_factor", "max_skipped_steps", "timeout_minutes",
 )  # fmt: skip
 # Fields that only the second stage or the export reads: a finished stage 1 may be reused when they differ.
 EXPORT_FIELDS = ("lora_scale", "merge_dtype")

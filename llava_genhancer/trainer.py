@@ -14,8 +14,9 @@ import os
 import shutil
 import signal
 import time
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,11 +29,15 @@ from transformers.trainer_callback import PrinterCallback
 
 from llava_genhancer import run
 from llava_genhancer.callbacks import Flow, Progress
-from llava_genhancer.errors import InputError
+from llava_genhancer.errors import InputError, OneRankError, disk_failure
+from llava_genhancer.guard import BadStep, BadSteps, LossGuard, LossSpike, NonFiniteLoss
+from llava_genhancer.watchdog import Watchdog, launcher
 
+__all__ = ["BadStep", "BadSteps", "ExactTrainer", "LossSpike", "NonFiniteLoss", "TrainingStopped"]
 log = logging.getLogger(__name__)
 MODEL_FILE = "trained.safetensors"  # the trained weights of a checkpoint written without DeepSpeed
 FINAL_FILE = "weights.safetensors"  # fp32 result, inside the last checkpoint of a training
+GUARD_FILE = "guard.json"  # the loss guard's state, the same for all ranks
 
 
 class Loader(Protocol):
@@ -55,31 +60,11 @@ class TrainingStopped(Exception):
         self.step, self.signum = step, signum
 
 
-class NonFiniteLoss(RuntimeError):
-    """The loss or a trained weight became NaN or infinite; the message names step, rank and the batch's keys."""
-
-
-class _Loss:
-    """A micro-batch's loss on its way to the CPU; asking for it waits for its own copy, not for later work."""
-
-    def __init__(self, loss: Tensor, step: int, keys: list[str]):
-        self.step, self.keys = step, keys
-        self._value = loss.detach().to("cpu", non_blocking=True)  # from a GPU: into pinned memory
-        self._copied = torch.cuda.Event() if loss.is_cuda else None
-        if self._copied is not None:
-            self._copied.record()
-
-    def value(self) -> float:
-        if self._copied is not None:
-            self._copied.synchronize()
-        return float(self._value)
-
-
 class ExactTrainer(Trainer):
     """A Trainer whose interrupted run ends with the weights of an uninterrupted one (bit-identical on CPU).
 
     Args:
-        model: ``forward(...)`` returns the loss; subclasses that need more override ``compute_loss``.
+        model: what :meth:`batch_loss`, which a subclass gives, calls.
         args: from :func:`training_arguments`.
         loader: endless batches; each a dict with ``keys``, the samples' names, for messages.
         keep_checkpoints: complete checkpoints kept.
@@ -87,6 +72,8 @@ class ExactTrainer(Trainer):
         snapshot_steps: steps whose trained weights are kept in ``snapshots/step-N.safetensors``.
         decay_all: weight decay on biases and norms too.
         optimizer: class and arguments; None is torch's AdamW by the arguments of ``args``.
+        bad_steps: what to do about a loss that is not finite or far too high.
+        timeout_minutes: time without progress after which the process ends itself.
     """
 
     def __init__(
@@ -100,6 +87,8 @@ class ExactTrainer(Trainer):
         snapshot_steps: Iterable[int] = (),
         decay_all: bool = False,
         optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        bad_steps: BadSteps | None = None,
+        timeout_minutes: float = 30.0,
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.decay_all = decay_all
@@ -113,10 +102,12 @@ class ExactTrainer(Trainer):
         self.rank, self.world_size = args.process_index, args.world_size
         # Flags and barriers travel on the CPU: they never wait for the device.
         distributed = dist.is_available() and dist.is_initialized() and self.world_size > 1
-        self.cpu_group: Any = dist.new_group(backend="gloo") if distributed else None
+        patience = timedelta(seconds=args.ddp_timeout)
+        self.cpu_group: Any = dist.new_group(backend="gloo", timeout=patience) if distributed else None
+        self.guard = LossGuard(bad_steps or BadSteps(), self.stage_dir, self.rank, self._total)
+        self.watchdog = Watchdog(self.stage_dir, self.rank, self.world_size, 60 * timeout_minutes)
         self.stop_signal = 0
-        self._runner = _deepspeed_runner()
-        self._unchecked: deque[_Loss] = deque()
+        self._launcher = launcher()
         self.last_log = (time.monotonic(), 0)
         self.add_callback(Flow(self))
         self.add_callback(Progress(self))
@@ -131,8 +122,8 @@ class ExactTrainer(Trainer):
 
         Raises:
             TrainingStopped: SIGINT or SIGTERM, after a checkpoint.
-            NonFiniteLoss: the loss is NaN or infinite; no checkpoint holds the damage.
-            InputError: the checkpoint belongs to another world size or number of workers.
+            BadStep: the loss is not finite, or far too high; no checkpoint holds the damage.
+            InputError: the checkpoint belongs to another world size or number of workers, or the disk refuses one.
         """
         checkpoint = self._choose_checkpoint()
         if checkpoint is not None and (checkpoint / FINAL_FILE).exists():
@@ -140,7 +131,12 @@ class ExactTrainer(Trainer):
             return checkpoint
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            with self.watchdog:
+                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except InputError as error:
+            if self.world_size == 1:
+                raise
+            raise OneRankError(f"rank {self.rank}: {error}") from None
         finally:
             self.loader.close()
             for signum, handler in handlers.items():
@@ -183,7 +179,7 @@ class ExactTrainer(Trainer):
 
     def agreed_stop(self) -> int:
         """The signal that any rank received, or 0; every rank gets the same answer."""
-        if self._runner is not None and _deepspeed_runner() != self._runner:
+        if self._launcher is not None and launcher() != self._launcher:
             self._on_signal(signal.SIGTERM, None)
         if self.cpu_group is not None:
             flag = torch.tensor([self.stop_signal])
@@ -212,31 +208,66 @@ class ExactTrainer(Trainer):
         optimizer.param_groups = [g for g in optimizer.param_groups if g["params"]]
         return optimizer
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of a step."""
+        self.watchdog.note(f"reading the data of step {self.state.global_step + 1}")
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def batch_loss(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> Tensor:
+        """The loss of a micro-batch, fp32 scalar; subclasses give it.
+
+        Args:
+            num_items: what is averaged over in the whole global batch, where the model divides by that.
+        """
+        raise NotImplementedError
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """:meth:`batch_loss`, past the guard."""
+        loss = self.batch_loss(model, inputs, num_items_in_batch)
+        step, last = self.state.global_step + 1, self.accelerator.sync_gradients
+        loss = self.guard.before_backward(loss, step, inputs["keys"], last=last)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch. Its loss is looked at once the next one is queued, so that the device never runs dry."""
-        self.check_losses(pending=1)
+        step = self.state.global_step + 1
+        self.watchdog.note(f"computing step {step}")
+        self.guard.check(pending=1)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._unchecked.append(_Loss(loss, self.state.global_step + 1, list(inputs["keys"])))
+        self.guard.after_backward(loss, step, list(inputs["keys"]))
+        if self.guard.skips:  # Trainer's mean over the steps between two log entries must not become NaN
+            loss = torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
         return loss
 
-    def check_losses(self, pending: int = 0) -> None:
-        """Raise NonFiniteLoss if a micro-batch's loss was NaN or infinite; the newest ``pending`` may wait."""
-        while len(self._unchecked) > pending:
-            loss = self._unchecked.popleft()
-            value = loss.value()
-            if math.isfinite(value):
-                continue
-            path = self.stage_dir / f"nonfinite-rank{self.rank}.json"
-            run.write_json(path, {"step": loss.step, "rank": self.rank, "loss": str(value), "keys": loss.keys})
-            raise NonFiniteLoss(
-                f"the loss is {value} in step {loss.step} on rank {self.rank}; batch keys: {', '.join(loss.keys[:4])}"
-                f"{', ...' if len(loss.keys) > 4 else ''} (all in {path}). No checkpoint holds the damage: lower the "
-                "learning rate or look at those images, then repeat the command"
-            )
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Trainer's, whose answer is the same on all ranks: where it is not finite the step may have to go."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.guard.skips:
+            return norm
+        if self.is_deepspeed_enabled:  # ... which has taken the step, or dropped it, in its backward pass
+            dropped = bool(self.accelerator.optimizer_step_was_skipped)
+        else:
+            dropped = not math.isfinite(float(norm))
+        if dropped:
+            if self.is_deepspeed_enabled:
+                self.lr_scheduler.step()  # as it does without DeepSpeed, whatever becomes of the step
+            else:
+                self.optimizer.zero_grad()
+            self.guard.drop(self.state.global_step + 1)
+        return norm
+
+    def _total(self, value: float) -> float:
+        if self.cpu_group is None:
+            return value
+        total = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(total, group=self.cpu_group)
+        return float(total)
 
     def check_weights(self) -> None:
         """Raise NonFiniteLoss if a trained weight is NaN or infinite: a finite loss may have a gradient that is not."""
-        self.check_losses()
+        self.guard.check()
         for name, parameter in self.model.named_parameters():
             held = (
                 parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
@@ -249,7 +280,8 @@ class ExactTrainer(Trainer):
                 )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log with images/s over all ranks added."""
+        """Trainer's log with images/s over all ranks added, without what is not finite (a skipped step's gradient)."""
+        logs = {k: v for k, v in logs.items() if math.isfinite(v)}
         if "loss" in logs:
             now, step = time.monotonic(), self.state.global_step
             then, before = self.last_log
@@ -306,17 +338,39 @@ class ExactTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_weights()
         step = self.state.global_step
+        self.watchdog.note(f"saving step {step}")
         folder = self.stage_dir / f"checkpoint-{step}"
-        super()._save_checkpoint(model, trial)
-        torch.save(self.loader.state_dict(), folder / f"loader_{self.rank}.pt")
-        if step >= self.args.max_steps:
-            self.save_trained(folder / FINAL_FILE)
-        self.barrier()
-        if self.rank == 0:
-            run.mark_complete(folder, step=step, **self.facts)
-            run.rotate_checkpoints(self.stage_dir, self.keep_checkpoints)
-            self.write_history()
-        self.barrier()
+        with self._writing(folder):
+            super()._save_checkpoint(model, trial)
+            torch.save(self.loader.state_dict(), folder / f"loader_{self.rank}.pt")
+            if self.rank == 0:
+                run.write_json(folder / GUARD_FILE, self.guard.state_dict())
+            if step >= self.args.max_steps:
+                self.save_trained(folder / FINAL_FILE)
+            self.barrier()
+            if self.rank == 0:
+                run.mark_complete(folder, step=step, **self.facts)
+                run.rotate_checkpoints(self.stage_dir, self.keep_checkpoints)
+                self.write_history()
+            self.barrier()
+
+    @contextmanager
+    def _writing(self, folder: Path) -> Iterator[None]:
+        """A disk that is full takes the half-written checkpoint along, and says so in one line."""
+        try:
+            yield
+        except Exception as error:
+            why = disk_failure(error)
+            if why is None:
+                raise
+            whole = run.complete_facts(folder, verify=False) is not None
+            if not whole:
+                shutil.rmtree(folder, ignore_errors=True)
+            free = shutil.disk_usage(self.stage_dir).free / 2**20
+            raise InputError(
+                f"{folder} could not be written: {why}; {free:.0f} MiB are free there. Earlier checkpoints are whole: "
+                "make room, then repeat the command"
+            ) from None
 
     def write_history(self) -> None:
         """The log so far as ``log_history.json``."""
@@ -342,21 +396,8 @@ class ExactTrainer(Trainer):
                 raise InputError(f"{folder} holds no DeepSpeed checkpoint: it was written without --deepspeed")
         self._load_optimizer_and_scheduler(str(folder))
         self._load_data_position(folder)
+        self.guard.load_state_dict(run.read_json(folder / GUARD_FILE))
         return prepared
 
     def _load_data_position(self, folder: Path) -> None:
         self.loader.load_state_dict(torch.load(folder / f"loader_{self.rank}.pt", weights_only=True))
-
-
-def _deepspeed_runner() -> int | None:
-    """The process of the `deepspeed` command, two above a rank's; None without it.
-
-    On one node it dies of a signal without passing it on, and the ranks would train to the end unattended.
-    """
-    parent = Path(f"/proc/{os.getppid()}")
-    try:
-        if b"deepspeed.launcher.launch" not in (parent / "cmdline").read_bytes():
-            return None
-        return int((parent / "stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:  # no /proc on this system
-        return None

@@ -28,7 +28,7 @@ from llava_genhancer.enhance.stages import WEIGHTS, build_stage, stage_recipe
 from llava_genhancer.enhance.targets import Target, check_target, load_target
 from llava_genhancer.errors import InputError
 from llava_genhancer.recipes import Recipe, StageRecipe
-from llava_genhancer.trainer import ExactTrainer
+from llava_genhancer.trainer import BadSteps, ExactTrainer
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def enhance(
 
     Raises:
         InputError: anything in the recipe, the data or the folder that cannot be used, before weights are loaded.
-        TrainingStopped, NonFiniteLoss: see :mod:`llava_genhancer.trainer`.
+        TrainingStopped, BadStep: see :mod:`llava_genhancer.trainer`.
     """
     run_dir = Path(output_dir)
     rank = int(os.environ.get("RANK", "0"))
@@ -125,6 +125,8 @@ def train_stage(recipe: Recipe, stage: int, run_dir: Path, source: Source, deeps
         snapshot_steps=table.snapshot_steps,
         decay_all=recipe.decay_biases_and_norms,
         optimizer=optimizer(recipe, table),
+        bad_steps=BadSteps(recipe.on_bad_step, recipe.spike_factor, recipe.max_skipped_steps),
+        timeout_minutes=recipe.timeout_minutes,
     )
     pictures = table.sample_steps > 0 and recipe.sample_images > 0
     if not pictures or args.process_index > 0:
@@ -154,14 +156,12 @@ class EnhanceTrainer(ExactTrainer):
         super().__init__(enhancer, args, loader, **kwargs)
         self.enhancer, self.target = enhancer, target
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def batch_loss(self, model: Any, inputs: dict[str, Any], num_items: Any) -> Tensor:
         """The loss of a batch; ``draws`` in it replace the denoiser's random ones (tests)."""
         images: Tensor = inputs["images"]
         target = self.target.encode(images)
-        loss = model(self.enhancer.backbone.normalise(images), target, None, inputs.get("draws"))
-        return (loss, {"loss": loss}) if return_outputs else loss
+        loss: Tensor = model(self.enhancer.backbone.normalise(images), target, None, inputs.get("draws"))
+        return loss
 
 
 class _Pictures(TrainerCallback):
@@ -224,6 +224,7 @@ def training_arguments(recipe: Recipe, stage: int, stage_dir: Path, deepspeed: s
         deepspeed,
         global_batch_size=recipe.global_batch_size,
         per_device_batch_size=recipe.per_device_batch_size,
+        timeout_minutes=recipe.timeout_minutes,
         max_steps=table.max_steps,
         learning_rate=table.learning_rate,
         lr_scheduler_type="constant_with_warmup" if table.lr_scheduler == "constant" else "cosine",

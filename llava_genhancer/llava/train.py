@@ -27,7 +27,7 @@ from llava_genhancer.llava.model import Llava, build_llava, llava_config, local
 from llava_genhancer.llava.recipes import STEPS, LlavaRecipe, LlavaStep, harmless_fields
 from llava_genhancer.llava.samples import read_samples
 from llava_genhancer.tower.export import is_tower, read_marker
-from llava_genhancer.trainer import FINAL_FILE, ExactTrainer
+from llava_genhancer.trainer import FINAL_FILE, BadSteps, ExactTrainer
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def train_step(recipe: LlavaRecipe, step: str, output_dir: str | os.PathLike, *,
 
     Raises:
         InputError: anything in the recipe, the data or the folder that cannot be used, before weights are loaded.
-        TrainingStopped, NonFiniteLoss: see :mod:`llava_genhancer.trainer`.
+        TrainingStopped, BadStep: see :mod:`llava_genhancer.trainer`.
     """
     table, folder = recipe.step(step), step_dir(output_dir, step)
     rank = int(os.environ.get("RANK", "0"))
@@ -172,6 +172,8 @@ def build_trainer(
             "deepspeed_stage": engine.zero_stage(args),
             **facts,
         },
+        bad_steps=BadSteps(recipe.on_bad_step, recipe.spike_factor, recipe.max_skipped_steps),
+        timeout_minutes=recipe.timeout_minutes,
     )
 
 
@@ -188,6 +190,7 @@ def training_arguments(
         deepspeed,
         global_batch_size=table.global_batch_size,
         per_device_batch_size=table.per_device_batch_size,
+        timeout_minutes=recipe.timeout_minutes,
         max_steps=steps,
         learning_rate=table.learning_rate,
         lr_scheduler_type="constant_with_warmup" if table.lr_scheduler == "constant" else "cosine",
@@ -225,15 +228,11 @@ class LlavaTrainer(ExactTrainer):
         # True makes Trainer count the global batch's labels and leave the division to the model.
         self.model_accepts_loss_kwargs = recipe.normalise_loss == "items"
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def batch_loss(self, model: Any, inputs: dict[str, Any], num_items: Any) -> torch.Tensor:
         """The loss of a micro-batch, so that the mean over ranks and micro-batches is the recipe's."""
-        items = num_items_in_batch if self.model_accepts_loss_kwargs else None
-        loss = model(inputs["input_ids"], inputs["labels"], inputs["pixel_values"], items)
-        if items is not None:
-            loss = loss * self.args.world_size  # ranks' gradients are averaged
-        return (loss, {"loss": loss}) if return_outputs else loss
+        items = num_items if self.model_accepts_loss_kwargs else None
+        loss: torch.Tensor = model(inputs["input_ids"], inputs["labels"], inputs["pixel_values"], items)
+        return loss if items is None else loss * self.args.world_size  # ranks' gradients are averaged
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW; the projector's weights move into groups of their own where the recipe gives them a rate."""

@@ -206,7 +206,7 @@ def test_nan_stops_the_run_and_names_the_batch(tiny_fields, tmp_path, monkeypatc
     monkeypatch.setattr(EnhanceTrainer, "compute_loss", poisoned)
     with pytest.raises(NonFiniteLoss, match="loss is nan in step 7") as caught:
         enhance(recipe_from(tiny_fields), tmp_path / "run")
-    report = run.read_json(tmp_path / "run" / "stage1" / "nonfinite-rank0.json")
+    report = json.loads((tmp_path / "run" / "stage1" / "bad-steps-rank0.jsonl").read_text())
     assert report["keys"] == seen
     assert seen[0] in str(caught.value)
     kept = run.checkpoints(tmp_path / "run" / "stage1")
