@@ -7,6 +7,7 @@ A target tokenizer stays outside the trained module: it is never sharded, checkp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,6 +15,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from llava_genhancer.enhance.pretrained import load_whole
+from llava_genhancer.enhance.vq import check_vq, load_vq_target
 from llava_genhancer.errors import InputError, reason
 from llava_genhancer.recipes import Recipe
 from llava_genhancer.toyworld.paths import resolve
@@ -93,7 +96,7 @@ def check_target(recipe: Recipe) -> None:
     Raises:
         InputError: as the check of the denoiser's own kind of target.
     """
-    check_vae(recipe.vae)
+    TARGETS[recipe.denoiser][0](recipe)
 
 
 def load_target(recipe: Recipe) -> Target:
@@ -102,7 +105,7 @@ def load_target(recipe: Recipe) -> Target:
     Raises:
         InputError: nothing loadable there.
     """
-    return load_vae_target(recipe.vae, dtype=getattr(torch, recipe.vae_dtype), posterior=recipe.vae_posterior)
+    return TARGETS[recipe.denoiser][1](recipe)
 
 
 def check_vae(name: str) -> None:
@@ -133,16 +136,12 @@ def load_vae_target(
 
     check_vae(name)
     path = Path(resolve(name)).expanduser()
-    options = {"torch_dtype": dtype, "output_loading_info": True}
     try:
         if path.is_file():
             # The config is given, never asked of the hub; it states FLUX.1's VAE (16 channels, .3611, .1159).
             vae = AutoencoderKL.from_single_file(str(path), config=str(FLUX_VAE_CONFIG), torch_dtype=dtype)
-        elif path.is_dir():
-            subfolder = None if (path / "config.json").is_file() else "vae"
-            vae = _whole(AutoencoderKL.from_pretrained(path, subfolder=subfolder, **options))
         else:
-            vae = _whole(_from_hub(AutoencoderKL, name, options))
+            vae = load_whole(AutoencoderKL, name, "vae", torch_dtype=dtype)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, SingleFileComponentError) as error:
         raise InputError(
             f"vae {name} cannot be loaded ({reason(error)}): give a diffusers folder, "
@@ -151,18 +150,17 @@ def load_vae_target(
     return VaeTarget(vae, posterior)
 
 
-def _whole(loaded: tuple[Any, dict[str, Any]]) -> Any:
-    """The model, if no weight of it was left random (diffusers only warns)."""
-    vae, info = loaded
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(f"{len(missing)} weights are not in its files, first: {missing[0]}")
-    return vae
+def _load_vae(recipe: Recipe) -> Target:
+    return load_vae_target(recipe.vae, dtype=getattr(torch, recipe.vae_dtype), posterior=recipe.vae_posterior)
 
 
-def _from_hub(cls: Any, name: str, options: dict[str, Any]) -> Any:
-    """Pipelines keep their VAE in a subfolder, stand-alone repositories at the root."""
-    try:
-        return cls.from_pretrained(name, subfolder="vae", **options)
-    except (OSError, ValueError):
-        return cls.from_pretrained(name, **options)
+def _load_vq(recipe: Recipe) -> Target:
+    return load_vq_target(recipe.vq, dtype=getattr(torch, recipe.vae_dtype))
+
+
+# By a recipe's denoiser: how its target tokenizer is checked, and how it is loaded.
+TARGETS: dict[str, tuple[Callable[[Recipe], None], Callable[[Recipe], Target]]] = {
+    "flow": (lambda recipe: check_vae(recipe.vae), _load_vae),
+    "unet": (lambda recipe: check_vae(recipe.vae), _load_vae),
+    "masked": (lambda recipe: check_vq(recipe.vq), _load_vq),
+}
