@@ -33,21 +33,6 @@ def llamagen() -> PlainVqGan:
     return PlainVqGan(LLAMAGEN, **SMALL)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random VQModel folder, f = 4, 32 codes of 6 channels."""
-    path = tmp_path_factory.mktemp("vq") / "vq"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
-        vq = VQModel(
-            **blocks, block_out_channels=(8, 8, 16), norm_num_groups=4, latent_channels=6, num_vq_embeddings=32
-        )
-        torch.nn.init.normal_(vq.quantize.embedding.weight)
-        vq.save_pretrained(path)
-    return path
-
-
 def pictures(size: int = 64) -> Tensor:
     """Smooth noise: neighbouring encodings differ."""
     small = torch.rand(2, 3, size // 4, size // 4, generator=torch.Generator().manual_seed(0))
@@ -72,8 +57,8 @@ def agrees(target: VqTarget, plain: PlainVqGan, unit: bool) -> None:
 # --- layouts -------------------------------------------------------------------------------------------------------
 
 
-def test_a_diffusers_folder_is_its_own_quantiser(folder: Path) -> None:
-    target, vq = load_vq_target(str(folder)), VQModel.from_pretrained(folder).eval()
+def test_a_diffusers_folder_is_its_own_quantiser(tiny_vq: Path) -> None:
+    target, vq = load_vq_target(str(tiny_vq)), VQModel.from_pretrained(tiny_vq).eval()
     images = pictures(32)
     with torch.no_grad():
         quantised, _, (_, _, ids) = vq.quantize(vq.encode(images.float() / 127.5 - 1).latents)
@@ -83,10 +68,10 @@ def test_a_diffusers_folder_is_its_own_quantiser(folder: Path) -> None:
     assert (target.codes, target.downscale, target.token_side(224)) == (32, 4, 56)
 
 
-def test_a_pipeline_keeps_its_vq_in_a_subfolder(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder, tmp_path / "pipeline" / "vqvae")
+def test_a_pipeline_keeps_its_vq_in_a_subfolder(tiny_vq: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_vq, tmp_path / "pipeline" / "vqvae")
     ids = load_vq_target(str(tmp_path / "pipeline")).encode(pictures(32))
-    assert torch.equal(ids, load_vq_target(str(folder)).encode(pictures(32)))
+    assert torch.equal(ids, load_vq_target(str(tiny_vq)).encode(pictures(32)))
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
@@ -138,32 +123,32 @@ def test_the_published_sizes(names: dict, code_width: int, codes: int) -> None:
 # --- frozen, light, exact ------------------------------------------------------------------------------------------
 
 
-def test_the_vq_is_frozen_and_its_lookup_stays_in_fp32(folder: Path) -> None:
-    target = load_vq_target(str(folder), dtype=torch.bfloat16)
+def test_the_vq_is_frozen_and_its_lookup_stays_in_fp32(tiny_vq: Path) -> None:
+    target = load_vq_target(str(tiny_vq), dtype=torch.bfloat16)
     assert {p.dtype for p in target.vq.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in target.vq.parameters())
     assert not target.vq.training
-    assert torch.equal(target.codebook, VQModel.from_pretrained(folder).quantize.embedding.weight)
-    same = target.encode(pictures(32)) == load_vq_target(str(folder)).encode(pictures(32))
+    assert torch.equal(target.codebook, VQModel.from_pretrained(tiny_vq).quantize.embedding.weight)
+    same = target.encode(pictures(32)) == load_vq_target(str(tiny_vq)).encode(pictures(32))
     assert same.float().mean() > 0.8
     assert target.decode(target.encode(pictures(32))).dtype == torch.uint8
 
 
-def test_training_needs_no_decoder(folder: Path) -> None:
-    target = load_vq_target(str(folder))
+def test_training_needs_no_decoder(tiny_vq: Path) -> None:
+    target = load_vq_target(str(tiny_vq))
     ids, size = target.encode(pictures(32)), sum(p.numel() for p in target.vq.parameters())
     target.drop_decoder()
     assert torch.equal(target.encode(pictures(32)), ids)
     assert sum(p.numel() for p in target.vq.parameters()) < size / 2
 
 
-def test_sizes_that_do_not_fit(folder: Path) -> None:
+def test_sizes_that_do_not_fit(tiny_vq: Path) -> None:
     with pytest.raises(InputError, match="image_size=30 is not a multiple of 4, which this VQ-GAN needs"):
-        load_vq_target(str(folder)).token_side(30)
+        load_vq_target(str(tiny_vq)).token_side(30)
 
 
-def test_the_recipe_chooses_the_target(folder: Path, tiny_vae: Path) -> None:
-    masked = recipes.override(recipes.get_recipe("tiny-masked"), {"vq": str(folder)})
+def test_the_recipe_chooses_the_target(tiny_vq: Path, tiny_vae: Path) -> None:
+    masked = recipes.override(recipes.get_recipe("tiny-masked"), {"vq": str(tiny_vq)})
     assert isinstance(load_target(masked), VqTarget)
     assert not isinstance(load_target(recipes.override(recipes.Recipe(), {"vae": str(tiny_vae)})), VqTarget)
     with pytest.raises(InputError, match=r"vq gone\.ckpt does not exist"):
@@ -289,9 +274,9 @@ BAD: dict[str, tuple[Callable[[Path, dict[str, Tensor]], Path], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_vq_is_one_line(folder: Path, taming: PlainVqGan, tmp_path: Path, case: str) -> None:
+def test_a_bad_vq_is_one_line(tiny_vq: Path, taming: PlainVqGan, tmp_path: Path, case: str) -> None:
     make, words = BAD[case]
-    shutil.copytree(folder, tmp_path / "vq")
+    shutil.copytree(tiny_vq, tmp_path / "vq")
     name = str(make(tmp_path, dict(taming.state)))
     with pytest.raises(InputError) as caught:
         load_vq_target(name)
