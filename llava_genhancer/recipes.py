@@ -290,8 +290,8 @@ class Recipe:
             raise InputError(f"seed={self.seed} must be at most {MAX_SEED}")
         if self.denoiser_layers + self.denoiser_single_layers < 1:
             raise InputError("denoiser_layers and denoiser_single_layers are both 0: the denoiser needs a block")
-        self._check_masked()
         self._check_condition()
+        self._check_masked()
         for name, readers in READ_BY.items():
             if self.denoiser not in readers and getattr(self, name) != getattr(Recipe, name):
                 raise InputError(
