@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llava_genhancer import __version__, recipes
+from llava_genhancer.ablate.grids import NAMES
 from llava_genhancer.errors import InputError, OneRankError, disk_failure, lost_rank, reason
 from llava_genhancer.llava.commands import add_verbs as add_llava_verbs
 
@@ -156,6 +157,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch_size", type=int, default=64)
     sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
 
+    sub = verb("generation", _generation, "Score a run's rebuilt images, and MMVP-VLM on its snapshots (Fig. 1).")
+    sub.add_argument("run_dir", metavar="RUN")
+    sub.add_argument("--data", metavar="DIR", help="MMVP-VLM's folder (default: no MMVP-VLM)")
+    sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+
     sub = verb("probes", _probes, "Probe one or two towers of the toy world for each detail of its scenes.")
     sub.add_argument("towers", nargs="+", metavar="TOWER", help="the original, then the enhanced one")
     sub.add_argument("--output", required=True, metavar="JSON")
@@ -188,6 +194,23 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("report", _report, "Write report.md, report.html, report.json, tables/ and figures/ for a run.")
     sub.add_argument("run_dirs", nargs="+", metavar="RUN", help="the run, then others whose rows stand beside its own")
     sub.add_argument("--baseline", metavar="RUN", help="compare with this run's model (default: the run's original)")
+
+    sub = verb(
+        "ablate",
+        _ablate,
+        "Repeat an ablation of the paper: train every cell, print the table beside the paper's. The same command goes "
+        "on.",
+        epilog="Any recipe field is an option and goes to every cell, for example --stage2.max_steps 2000.",
+    )
+    sub.add_argument("ablation", choices=NAMES, metavar="ABLATION", help=", ".join(NAMES))
+    sub.add_argument("--recipe", default="tiny", help="what cells start from (default: tiny)")
+    sub.add_argument("--output_dir", metavar="OUT", help="for OUT/CELL/seed-N and the page (default: runs/NAME-RECIPE)")
+    sub.add_argument("--seeds", type=int, default=1, help="repeat every cell with this many seeds")
+    sub.add_argument("--mmvp", metavar="DIR", help="MMVP-VLM's folder (the toy world has its own)")
+    sub.add_argument("--deepspeed", metavar="JSON", help="for trainings on GPUs (default: zero2)")
+    sub.add_argument("--hostfile", help="DeepSpeed's, for several machines")
+    sub.add_argument("--dry_run", action="store_true", help="print the plan and what it costs, do nothing")
+    _add_fields(sub)
 
     sub = verb(
         "demo",
@@ -300,6 +323,13 @@ def _mmvp_vlm(args: Any) -> None:
     run(args.towers, args.data, output=args.output, batch_size=args.batch_size, device=args.device)
 
 
+def _generation(args: Any) -> None:
+    from llava_genhancer.evaluate.generation import FIGURE, RESULT, measure
+
+    measure(args.run_dir, args.data, args.device)
+    print(f"results: {Path(args.run_dir) / RESULT}\nfigure:  {Path(args.run_dir) / 'figures' / FIGURE}")
+
+
 def _probes(args: Any) -> None:
     from llava_genhancer.run import write_json
     from llava_genhancer.toyworld.probes import run_probes
@@ -348,6 +378,22 @@ def _report(args: Any) -> None:
         write_card(run_dir / "tower", run_dir)  # it says what was measured
     report = write_report(run_dir, others, baseline=args.baseline)
     print(f"report:   {report}, and as one page {report.with_suffix('.html')}\npictures: {report.parent / 'figures'}")
+
+
+def _ablate(args: Any) -> int:
+    from llava_genhancer.ablate.command import ablate
+
+    return ablate(
+        args.ablation,
+        args.output_dir,
+        args.fields,
+        recipe=args.recipe,
+        seeds=args.seeds,
+        mmvp=args.mmvp,
+        deepspeed=args.deepspeed,
+        hostfile=args.hostfile,
+        dry_run=args.dry_run,
+    )
 
 
 def _demo(args: Any) -> int:

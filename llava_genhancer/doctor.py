@@ -537,6 +537,14 @@ def _backbone(recipe: Recipe) -> tuple[Backbone | None, Finding]:
     return facts, Finding(OK, "backbone", found)
 
 
+def facts_of(recipe: Recipe) -> tuple[Backbone, Vae] | None:
+    """What a recipe's cost is counted from; None where that is not known before something is loaded."""
+    if recipe.denoiser != "flow" or recipe.denoiser_weights is not None:
+        return None
+    backbone, _ = _backbone(recipe)
+    return None if backbone is None else (backbone, _vae(recipe)[0])
+
+
 def _vae(recipe: Recipe) -> tuple[Vae, Finding]:
     """The VAE's facts, from its own config where it lies here; else FLUX's."""
     name = recipe.vae

@@ -175,6 +175,7 @@ def forget() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     AcceleratorState._reset_state(reset_partial_state=False)
     GradientState._reset_state()
 
@@ -226,6 +227,7 @@ def finish_stage(trainer: ExactTrainer, final: Path, seconds: float, **facts: An
                 * trainer.args.gradient_accumulation_steps
                 * trainer.world_size,
                 "seconds": round(seconds, 1),
+                "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
                 "trainable_parameters": sum(_numel(p) for p in trainer.model.parameters() if p.requires_grad),
                 "skipped": skipped,
                 "skipped_steps": trainer.guard.skipped,

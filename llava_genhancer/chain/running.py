@@ -79,7 +79,7 @@ def run(steps: Sequence[Step], choices: Choices, start: str | None = None) -> in
             continue
         print(f"== {step.name}", flush=True)
         began = time.monotonic()
-        status = _run_step(step, choices)
+        status = run_step(step, choices)
         if status:
             print(
                 f"enhance_then_llava: {step.name} ended with status {status}: the lines above say why; repeat the "
@@ -91,7 +91,8 @@ def run(steps: Sequence[Step], choices: Choices, start: str | None = None) -> in
     return 0
 
 
-def _run_step(step: Step, choices: Choices) -> int:
+def run_step(step: Step, choices: Choices) -> int:
+    """One step's exit status: in this process, or by the launcher that a training on GPUs needs."""
     if step.fork is None and (step.zero is None or not choices.gpus):
         from llava_genhancer.cli import main
 
