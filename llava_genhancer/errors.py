@@ -14,12 +14,22 @@ class InputError(ValueError):
     """Something the user gave us cannot be used.
 
     The message is a single line that says what is wrong, where, and what to do about it. The command line prints it
-    and exits with status 2; as a library, catch it like any ``ValueError``.
+    and exits with status 2; as a library, catch it like any ``ValueError``. What it quotes (file names, values) may
+    come from anybody: line ends and terminal codes in it are written out, and the line is cut where it gets absurd.
     """
+
+    def __init__(self, message: object):
+        super().__init__(plain(str(message)))
 
 
 class OneRankError(InputError):
     """An InputError that one rank may meet alone, so that it must speak for itself."""
+
+
+def plain(text: str, longest: int = 1000) -> str:
+    """``text`` as one line that a terminal can only show: line ends as spaces, control characters as ``\\x1b``."""
+    line = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text).strip()
+    return line if len(line) <= longest else f"{line[: longest - 100]} ... {line[-90:]}"
 
 
 def reason(error: BaseException) -> str:

@@ -60,8 +60,8 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """:func:`write_bytes` in UTF-8."""
-    write_bytes(path, text.encode())
+    """:func:`write_bytes` in UTF-8; what is none in a file's name is written as ``\\udc80``, which JSON reads too."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -79,7 +79,7 @@ def read_json(path: str | os.PathLike) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # also numbers of a thousand digits, lists within lists
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
 
 
@@ -116,7 +116,8 @@ def complete_facts(folder: str | os.PathLike, *, verify: bool) -> dict[str, Any]
             if path.stat().st_size != expected["bytes"] or (verify and sha256(path) != expected["sha256"]):
                 return None
         return dict(marker["facts"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a marker may hold anything after a crash
+    # A marker may hold anything after a crash.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

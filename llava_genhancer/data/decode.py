@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import stat
 import warnings
 
 import numpy as np
 from PIL import Image, ImageOps
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+# What those suffixes name; PIL knows many more, and has Ghostscript run for one of them.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 64_000_000
+MAX_BYTES = 256_000_000
+MAX_SCANS = 50  # of a progressive JPEG, which has about ten; each costs a pass over all pixels, even an empty one
 MIN_SIDE = 8
+_GREY = (np.arange(1 << 16) / 257).round().astype(np.uint8)  # of 16 bits, in 8
+_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 
 
 class BadImage(Exception):
@@ -21,21 +29,25 @@ class BadImage(Exception):
 def decode(data: bytes | str | os.PathLike) -> Image.Image:
     """An RGB image from a file's bytes or path.
 
-    Size is checked before pixels are read. EXIF rotation is applied, an animation gives its first frame, transparency
-    goes onto white, 16-bit grey is scaled to 8 bits (PIL alone would clip it to white), CMYK is converted.
+    The format is found in the content, whatever the name says, and the size is checked before pixels are read. EXIF
+    rotation is applied, an animation gives its first frame, transparency goes onto white, 16-bit grey is scaled to 8
+    bits (PIL alone would clip it to white), CMYK is converted.
 
     Raises:
-        BadImage: not an image, damaged, smaller than 8 pixels or larger than 64 megapixels.
+        BadImage: not an image, damaged, smaller than 8 pixels, or larger than 64 megapixels or 256 MB.
     """
     try:
+        content = data if isinstance(data, bytes) else _read(data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of sizes that are checked here, and of odd EXIF
-            with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise BadImage("larger than 64 megapixels")
                 if min(width, height) < MIN_SIDE:
                     raise BadImage("smaller than 8 pixels")
+                if image.format in ("JPEG", "MPO") and _scans(content) > MAX_SCANS:
+                    raise BadImage("too many scans")
                 image.load()
                 return _to_rgb(ImageOps.exif_transpose(image))
     except BadImage:
@@ -52,14 +64,34 @@ def decode(data: bytes | str | os.PathLike) -> Image.Image:
         raise BadImage("truncated" if "truncated" in str(error).lower() else "damaged") from None
 
 
+def _read(path: str | os.PathLike) -> bytes:
+    """A file's content; a pipe or a device of that name would be waited for, or be read for ever."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise BadImage("not a file")
+    if status.st_size > MAX_BYTES:
+        raise BadImage("larger than 256 MB")
+    with open(path, "rb") as file:
+        return file.read(MAX_BYTES)
+
+
+def _scans(jpeg: bytes) -> int:
+    """How many scans a JPEG has up to its end marker."""
+    at, scans = 2, 0
+    while (found := _MARKER.search(jpeg, at)) and found[1] != b"\xd9":
+        scans += found[1] == b"\xda"
+        at = found.end() + int.from_bytes(jpeg[found.end() : found.end() + 2], "big")
+    return scans
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.asarray(image, dtype=np.float64)
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(_GREY[np.asarray(image)]).convert("RGB")
+    if image.mode in ("I", "F"):
+        values = np.array(image, dtype=np.float32)
         top = values.max(initial=0.0)
-        full = 1.0 if top <= 1 and image.mode == "F" else 255.0 if top <= 255 else 65535.0
-        if image.mode.startswith("I;16"):
-            full = 65535.0
-        grey = np.clip(values / full * 255, 0, 255).round().astype(np.uint8)
+        values *= 255 / (1.0 if top <= 1 and image.mode == "F" else 255.0 if top <= 255 else 65535.0)
+        grey = values.clip(0, 255, out=values).round(out=values).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
-import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator
@@ -19,9 +18,11 @@ from typing import Any
 
 from PIL import Image
 
-from llava_genhancer.data.decode import IMAGE_SUFFIXES, BadImage, decode
+from llava_genhancer.data.decode import IMAGE_SUFFIXES, MAX_BYTES, BadImage, decode
+from llava_genhancer.data.entries import read_entries
 from llava_genhancer.errors import InputError
 
+MAX_HEADER = 1 << 13  # bytes of an extended tar header
 HINT = "give tar shards, an image folder, a HF dataset (parquet folder, or hf:ORG/NAME) or a LLaVA JSON"
 
 
@@ -44,6 +45,21 @@ class RawSample:
         return decode(self.data)
 
 
+class _Member(tarfile.TarInfo):
+    """A header that does not lead backwards and holds no more text than names take.
+
+    tarfile would go round in circles, or sit for hours over a long extended header.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Any:
+        """Parse a block, and refuse what no archiver writes."""
+        member = super().frombuf(buf, encoding, errors)
+        if member.size < 0 or (member.size > MAX_HEADER and not member.isreg() and member.type != tarfile.DIRTYPE):
+            raise tarfile.HeaderError("no archiver wrote this size")
+        return member
+
+
 class ShardSource:
     """Tar files in webdataset's layout, read sequentially; nothing is unpacked and no listing is kept.
 
@@ -63,12 +79,19 @@ class ShardSource:
         name = os.path.basename(path)
         whole = False
         try:
-            with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as archive:
+                last = -1
                 while (member := archive.next()) is not None:
-                    if member.isreg() and _is_image(member.name):
+                    if archive.offset <= last:  # sizes in an extended header can lead backwards too
+                        raise tarfile.ReadError("a header that leads backwards")
+                    last = archive.offset
+                    key = f"{name}:{os.path.splitext(member.name)[0]}"
+                    if member.isreg() and _is_image(member.name) and member.size > MAX_BYTES:  # sparse, maybe
+                        yield RawSample(key, None, "larger than 256 MB")
+                    elif member.isreg() and _is_image(member.name):
                         content = archive.extractfile(member)
                         assert content is not None
-                        yield RawSample(f"{name}:{os.path.splitext(member.name)[0]}", content.read())
+                        yield RawSample(key, content.read())
                     archive.members = []  # type: ignore[attr-defined]  # tarfile would keep a listing
                 # A damaged header looks like the end to tarfile (and to webdataset, which reads through it), and the
                 # rest of the shard would be missed in silence. The true end is a block of zeros.
@@ -117,7 +140,8 @@ def fingerprint(source: Source) -> str:
     else:
         step = max(1, len(source) // 32)
         parts = [str(len(source)), *(source.get(i).key for i in range(0, len(source), step))]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    # Names need not be text: what is no UTF-8 in one comes as surrogates.
+    return hashlib.sha256("\0".join(parts).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def _first(samples: Iterator[RawSample], count: int) -> list[tuple[str, Image.Image]]:
@@ -253,15 +277,10 @@ def _llava_json(path: str, image_folder: str | None) -> IndexedSource:
     root = os.path.abspath(os.path.expanduser(image_folder))
     if not os.path.isdir(root):
         raise InputError(f"image_folder {image_folder} does not exist")
-    try:
-        with open(path, encoding="utf-8") as f:
-            entries = json.load(f)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"data {path} cannot be read as JSON: {error}") from None
-    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-        raise InputError(f"data {path} is not a LLaVA JSON: it must be a list of objects with an 'image' each")
     names: dict[str, None] = {}  # conversations share images; each counts once
-    for number, entry in enumerate(entries):
+    for number, (entry, _, _) in enumerate(read_entries(path)):
+        if not isinstance(entry, dict):
+            raise InputError(f"data {path} is not a LLaVA JSON: it must be a list of objects with an 'image' each")
         images = entry.get("image") or []
         images = [images] if isinstance(images, str) else images
         if not isinstance(images, list) or not all(isinstance(name, str) for name in images):

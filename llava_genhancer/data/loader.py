@@ -59,7 +59,7 @@ class SkipReport:
 
 def sample_seed(*parts: object) -> int:
     """A 63-bit seed that depends on all parts, the same on every machine."""
-    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 

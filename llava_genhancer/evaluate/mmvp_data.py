@@ -18,8 +18,9 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from llava_genhancer.data.decode import FORMATS, MAX_PIXELS
 from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate.paper import PATTERNS
 from llava_genhancer.run import sha256
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 PAIRS_PER_PATTERN = 15
 PAIRS = PAIRS_PER_PATTERN * len(PATTERNS)
+MAX_CSV_BYTES = 10_000_000
 CSV_NAME = "Questions.csv"
 IMAGES_NAME = "MLLM_VLM Images"
 COLUMNS = ("questionid", "type", "statement")
@@ -101,9 +103,11 @@ def open_image(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # palette transparency and size warnings: the pixels decide
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError("larger than 64 megapixels")
                 return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise anything
         raise InputError(f"{path} cannot be decoded ({error}): replace it by the official file") from None
 
 
@@ -135,6 +139,8 @@ def _rows(path: Path) -> list[tuple[int, int, str, str]]:
     """(line, id, type, statement) per data row; blank lines are passed over."""
     rows = []
     try:
+        if path.stat().st_size > MAX_CSV_BYTES:
+            raise InputError(f"{path} is larger than {MAX_CSV_BYTES // 10**6} MB: the official one has 0.02")
         with open(path, encoding="utf-8-sig", newline="") as f:
             reader = csv.reader(f, strict=True)
             header = next(reader, [])
@@ -153,6 +159,8 @@ def _rows(path: Path) -> list[tuple[int, int, str, str]]:
                     )
                 try:
                     number = int(row[0])
+                    if abs(number) >= 2**63:
+                        raise ValueError
                 except ValueError:
                     raise InputError(f"{path}, line {line}: the id '{row[0]}' is not an integer") from None
                 # The type names a folder; it must not lead out of the set.
@@ -192,9 +200,15 @@ def _pairs(folder: Path, rows: list[tuple[int, int, str, str]]) -> list[Pair]:
 
 def _image(folder: Path, kind: str, number: int, line: int) -> Path:
     stem = folder / IMAGES_NAME / kind / str(number)
-    for suffix in SUFFIXES:
-        if (path := stem.with_name(stem.name + suffix)).is_file():
-            return path
-    if not stem.parent.is_dir():
+    try:
+        for suffix in SUFFIXES:
+            if (path := stem.with_name(stem.name + suffix)).is_file():
+                return path
+        found = stem.parent.is_dir()
+    except OSError as error:  # not allowed, or a name that no file can have
+        raise InputError(
+            f"{folder / CSV_NAME}, line {line}: type '{kind}' cannot be looked up: {error.strerror}"
+        ) from None
+    if not found:
         raise InputError(f"{folder / CSV_NAME}, line {line}: type '{kind}' has no folder {stem.parent}")
     raise InputError(f"{folder / CSV_NAME}, line {line}: image {stem}{SUFFIXES[0]} is missing")

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llava_genhancer.data.entries import read_entries
 from llava_genhancer.data.loader import SkipReport
 from llava_genhancer.errors import InputError
 from llava_genhancer.llava.conversation import IMAGE, Turn
-from llava_genhancer.llava.entries import read_entries
 
 log = logging.getLogger(__name__)
 ROLES = ("human", "gpt")
@@ -76,7 +76,7 @@ class Samples:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(start)
                 entry = json.loads(file.read(size))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             raise BadSample("the JSON changed, or cannot be read") from None
         return read_sample(entry, number)
 

@@ -120,7 +120,7 @@ def read_marker(folder: str | os.PathLike) -> dict[str, Any]:
         marker = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{folder} is not one of our towers: it has no {MARKER}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     if not isinstance(marker, dict) or not isinstance(marker.get("weights"), dict):
         raise InputError(f"{path} is not a tower's marker: it lists no weights")

@@ -189,8 +189,8 @@ def test_llava_json_counts_each_image_once_and_stays_in_its_folder(tmp_path) -> 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "cannot be read as JSON"),
-        ('{"image": "a.png"}', "must be a list of objects"),
+        ("{", "is not valid JSON"),
+        ('"a.png"', "must be a list of objects"),
         ("[1]", "must be a list of objects"),
         ("[]", "holds no images"),
         ('[{"conversations": []}]', "holds no images"),

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from slow_llama import write_tokenizer
 
+from llava_genhancer.data import entries
 from llava_genhancer.errors import InputError
-from llava_genhancer.llava import entries
 from llava_genhancer.llava.batches import LlavaLoader, global_batches, group_by_modality
 from llava_genhancer.llava.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, Turn, encode
 from llava_genhancer.llava.dataset import (

@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from llava_genhancer.errors import InputError
+from llava_genhancer.errors import InputError, reason
 
-BLOCK_BYTES = 1 << 24
-MAX_CHARACTERS = 1 << 26  # of one entry; more means that the file is no JSON
+BLOCK_BYTES = 1 << 20
+MAX_CHARACTERS = 1 << 22  # of one entry, a thousand times the usual; nested lists take 24 times as much in memory
 _BETWEEN = re.compile(r"[\s,\ufeff]*")
 
 
@@ -23,11 +23,11 @@ class Entry(NamedTuple):
     size: int
 
 
-def read_entries(path: str, digest: Any) -> Iterator[Entry]:
+def read_entries(path: str, digest: Any = None) -> Iterator[Entry]:
     """The entries of a JSON list, or the lines of a JSON Lines file.
 
     Args:
-        digest: a hashlib object that gets to see the whole file.
+        digest: a hashlib object that gets to see the whole file, if wanted.
 
     Raises:
         InputError: the file cannot be read, is not JSON, or ends before the list does.
@@ -48,7 +48,7 @@ def read_entries(path: str, digest: Any) -> Iterator[Entry]:
                 number += 1
             if listed and not character:
                 raise InputError(f"data {path} ends after {number} entries without closing its list: is it whole?")
-            while window.read_more():
+            while digest is not None and window.read_more():
                 window.advance(len(window.text))
     except UnicodeDecodeError:
         raise InputError(f"data {path} is not UTF-8 text") from None
@@ -74,7 +74,8 @@ class _Window:
         if self.ended:
             return False
         block = self.file.read(BLOCK_BYTES)
-        self.digest.update(block)
+        if self.digest is not None:
+            self.digest.update(block)
         self.ended = not block
         self.text, self.at = self.text[self.at :] + self.decoder.decode(block, final=self.ended), 0
         return True
@@ -101,5 +102,7 @@ def _parse(decoder: json.JSONDecoder, window: _Window, name: str) -> tuple[Any, 
                 return value, end
         except json.JSONDecodeError as error:
             problem = error.msg
+        except (ValueError, RecursionError) as error:  # a number of a thousand digits, lists within lists
+            raise InputError(f"{name} cannot be used ({reason(error)})") from None
         if len(window.text) - window.at > MAX_CHARACTERS or not window.read_more():
             raise InputError(f"{name} is not valid JSON ({problem})")
