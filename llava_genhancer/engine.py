@@ -194,11 +194,12 @@ def stage_result(stage_dir: Path) -> dict[str, Any] | None:
     path = stage_dir / "result.json"
     if not path.exists():
         return None
-    result = run.read_json(path)
-    weights = stage_dir / FINAL_FILE
+    result, weights = run.read_json(path), stage_dir / FINAL_FILE
+    if not isinstance(result, dict) or "weights_bytes" not in result:
+        raise InputError(f"{path} is not what a finished stage writes: remove it and repeat the run's command")
     if not weights.is_file() or weights.stat().st_size != result["weights_bytes"]:
         return None
-    return dict(result)
+    return result
 
 
 def finish_stage(trainer: ExactTrainer, final: Path, seconds: float, **facts: Any) -> None:
