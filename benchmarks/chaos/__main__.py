@@ -1,0 +1,72 @@
+"""Faults on purpose: what was tried, and what held.
+
+    make chaos                                            # everything, an hour at most
+    python benchmarks/chaos --families kills --kills 8 --seed 3
+
+Families: kills, disk, damage, losses, hosts. The seed draws kinds and moments and is printed; a table goes to the
+terminal and, with --output, to a file. Nothing is left behind but WORK, where every process's words are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import secrets
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from world import Outcome
+
+FAMILIES = ("kills", "disk", "damage", "losses", "hosts")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the families, print the table; 1 if anything did not hold."""
+    parser = argparse.ArgumentParser(description="Faults on purpose: what was tried, and what held.")
+    parser.add_argument(
+        "--families", default=",".join(FAMILIES), help=f"comma-separated (default: {','.join(FAMILIES)})"
+    )
+    parser.add_argument("--kills", type=int, default=80, help="kills in all (default: 80)")
+    parser.add_argument("--seed", type=int, help="draws kinds and moments (default: drawn)")
+    parser.add_argument("--work", type=Path, help="where the runs go (default: a new temporary folder)")
+    parser.add_argument("--output", type=Path, help="write the table here")
+    args = parser.parse_args(argv)
+    if unknown := set(args.families.split(",")) - set(FAMILIES):
+        parser.error(f"unknown families: {', '.join(sorted(unknown))}")
+    seed = secrets.randbelow(10**6) if args.seed is None else args.seed
+    work = args.work or Path(tempfile.mkdtemp(prefix="chaos-"))
+    say(f"seed {seed}, work in {work}")
+    outcomes: list[Outcome] = []
+    for family in args.families.split(","):
+        started = time.monotonic()
+        outcomes += importlib.import_module(family).run_family(work / family, seed=seed, total=args.kills)
+        say(f"{family}: {time.monotonic() - started:.0f} s")
+    text = table(outcomes, seed)
+    print(text)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(text + "\n", encoding="utf-8")
+    return int(not all(outcome.held for outcome in outcomes))
+
+
+def say(text: str) -> None:
+    """Progress, beside the table."""
+    print(f"chaos: {text}", file=sys.stderr, flush=True)
+
+
+def table(outcomes: list[Outcome], seed: int) -> str:
+    """Markdown: a row for each fault, then what did not hold."""
+    lines = [f"Seed {seed}.", "", "| family | fault | tried | what must hold | held |", "|---|---|---|---|---|"]
+    for o in outcomes:
+        held = f"not run: {o.skipped}" if o.skipped else "yes" if o.held else f"**no** ({len(o.broken)})"
+        lines.append(f"| {o.family} | {o.fault} | {o.tried} | {o.must} | {held} |")
+    lines += [f"\n* {o.family}, {o.fault}: {what}" for o in outcomes for what in o.broken]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

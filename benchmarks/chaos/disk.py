@@ -1,0 +1,118 @@
+"""A disk that fills up during a checkpoint, an export, a report: one clear line, nothing lost, and going on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from world import Job, Outcome, arguments, finish, hashes, launched, mounts, newest, small_disk, wait_for
+
+from llava_genhancer import run
+
+STEPS = 200
+FULL = "No space left on device"
+# Words that a full disk may end with: torch's writer does not pass on what the system said.
+WORDS = (FULL, "torch could not write a file to its end")
+MUST = "one line, last checkpoint whole, goes on"
+
+
+def run_family(work: Path, *, seed: int, total: int) -> list[Outcome]:
+    """Checkpoints of one process and of ZeRO-2 on two ranks, then what is written after training."""
+    rows = [
+        Outcome("disk", "full during a checkpoint, one process", MUST),
+        Outcome("disk", "full during a checkpoint, ZeRO-2 on two ranks", MUST),
+        Outcome("disk", "full during the export of a tower", "one line, no half tower, goes on"),
+        Outcome("disk", "full during the export of a LLaVA", "one line, no half checkpoint, goes on"),
+        Outcome("disk", "full during the report", "one line, goes on"),
+    ]
+    if not mounts():
+        for row in rows:
+            row.skipped = "needs root, for a tmpfs"
+        return rows
+    checkpoint("plain", work / "plain", rows[0])
+    whole = checkpoint("torchrun", work / "torchrun", rows[1])
+    export(["export", str(whole)], "tower", work / "export", rows[2])
+    for training in ("pretrain", "finetune"):
+        finish(launched("plain", arguments(training, work / "llava", 5)), work / "llava.log")
+    export(["llava", "export", str(work / "llava")], "hf", work / "llava-export", rows[3])
+    report(whole, work / "report", rows[4])
+    return rows
+
+
+def fill(disk: Path) -> Path:
+    """A file that takes all that is left."""
+    ballast = disk / "ballast"
+    with open(ballast, "wb", buffering=0) as f:
+        try:
+            while f.write(bytes(2**16)):
+                pass
+        except OSError:
+            pass
+    return ballast
+
+
+def one_line(row: Outcome, job: Job, who: str) -> None:
+    """The refusal as it should be: status 2, one line that says why, no traceback."""
+    status, lines = job.process.returncode, job.lines()
+    row.check(status not in (0, None), f"{who}: exit status {status}")
+    row.check(any(word in line for line in lines for word in WORDS), f"{who}: said {lines}")
+    row.check("Traceback" not in job.output(), f"{who}: a traceback: {job.output()[-600:]}")
+
+
+def checkpoint(launcher: str, work: Path, row: Outcome) -> Path:
+    """Fill the disk while training goes on; the run beside it that met no full disk is returned."""
+    command = arguments("stage2", work / "whole", STEPS, **{"stage2.max_steps": 10})
+    whole = finish(launched(launcher, command), work / "whole.log")
+    row.check(whole.process.returncode == 0, f"the run beside it: {whole.lines()}")
+    row.tried += 1
+    with small_disk(work / "disk", 300) as disk:
+        run_dir = disk / "run"
+        command = launched(launcher, arguments("stage2", run_dir, STEPS, **{"stage2.max_steps": 10}))
+        job = Job(command, work / "log")
+        try:
+            wait_for(job, lambda: newest(run_dir / "stage1") >= 10)
+            ballast = fill(disk)
+            kept = newest(run_dir / "stage1")
+            row.check(job.wait() is not None, f"{launcher}: did not end")
+        finally:
+            job.end()
+        one_line(row, job, launcher)
+        last = run.last_complete_checkpoint(run_dir / "stage1")
+        row.check(
+            last is not None and int(last.name.split("-")[1]) >= kept, f"{launcher}: {kept} lost, {last} is the last"
+        )
+        ballast.unlink()
+        again = finish(command, work / "log")
+        row.check(again.process.returncode == 0, f"{launcher}: did not go on: {again.lines()}")
+        both = (hashes(folder, ("stage1", "stage2")) for folder in (work / "whole", run_dir))
+        row.check(len({tuple(sorted(h.items())) for h in both}) == 1, f"{launcher}: other weights in the end")
+    return work / "whole"
+
+
+def export(verb: list[str], result: str, work: Path, row: Outcome) -> None:
+    """Onto a disk of one megabyte, then onto a larger one of the same name."""
+    row.tried += 1
+    command = launched("plain", [*verb, "--output_dir"])
+    with small_disk(work / "disk", 1) as disk:
+        target = disk / "out"
+        job = finish([*command, str(target)], work / "log")
+        one_line(row, job, verb[0])
+        left = sorted(str(p.relative_to(disk)) for p in disk.rglob("*") if p.is_file())
+        row.check(not left, f"{verb[0]}: left {left}")
+        os.system(f"mount -o remount,size=300m {disk}")
+        again = finish([*command, str(target)], work / "log")
+        row.check(again.process.returncode == 0, f"{verb[0]}: did not go on: {again.lines()}")
+
+
+def report(whole: Path, work: Path, row: Outcome) -> None:
+    """Of a finished run that lies on a full disk."""
+    row.tried += 1
+    with small_disk(work / "disk", 300) as disk:
+        run_dir = Path(shutil.copytree(whole, disk / "run"))
+        command = launched("plain", ["report", str(run_dir)])
+        ballast = fill(disk)
+        one_line(row, finish(command, work / "log"), "report")
+        ballast.unlink()
+        again = finish(command, work / "log")
+        row.check(again.process.returncode == 0 and (run_dir / "report.md").exists(), f"did not go on: {again.lines()}")

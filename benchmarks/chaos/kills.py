@@ -1,0 +1,154 @@
+"""kill -9 of a rank, a launcher, a data worker, SIGTERM with 30 s notice: at drawn moments of the four trainings."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from world import (
+    FOLDERS,
+    PATIENCE,
+    SAVE_STEPS,
+    Job,
+    Outcome,
+    arguments,
+    finish,
+    hashes,
+    kill,
+    launched,
+    newest,
+    step_of,
+)
+
+from llava_genhancer import run
+
+TRAININGS = ("stage1", "stage2", "pretrain", "finetune")
+SHARES = {"plain": 0.4, "torchrun": 0.4, "deepspeed": 0.2}  # of the kills; `deepspeed` takes longest to start
+KINDS = {
+    "plain": ("rank", "worker", "notice"),
+    "torchrun": ("rank", "launcher", "worker", "notice"),
+    "deepspeed": ("rank", "launcher", "worker", "notice"),
+}
+FAULTS = {
+    "rank": "kill -9 of a rank",
+    "launcher": "kill -9 of the launcher",
+    "worker": "kill -9 of a data worker",
+    "notice": "SIGTERM, 30 s notice",
+}
+NOTICE = 30.0
+CHECKPOINTS = 3  # a start may come so far before its kill; the last start needs some to go on with
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A drawn fault.
+
+    Attributes:
+        moment: "saving" as soon as a checkpoint's folder appears, "stepping" some time after its marker does.
+        checkpoints: how many checkpoints this start may finish before.
+        delay: seconds after that.
+        which: picks among ranks or workers.
+    """
+
+    kind: str
+    moment: str
+    checkpoints: int
+    delay: float
+    which: float
+
+
+def draw(rng: random.Random, kind: str) -> Kill:
+    """A moment for a kind."""
+    moment = rng.choice(("saving", "stepping", "stepping"))
+    delay = rng.uniform(0, 0.05) if moment == "saving" else rng.uniform(0, 0.4)
+    return Kill(kind, moment, rng.choice((1, 1, 2)), delay, rng.random())
+
+
+def run_family(work: Path, *, seed: int, total: int) -> list[Outcome]:
+    """Draw ``total`` kills over trainings and launchers, survive them, and compare with runs that met none."""
+    rng = random.Random(seed)
+    rows = {kind: Outcome("kills", fault, "goes on to the same weights") for kind, fault in FAULTS.items()}
+    for launcher, share in SHARES.items():
+        each = max(1, round(total * share / len(TRAININGS)))
+        plans = {}
+        for training in TRAININGS:
+            kinds = [KINDS[launcher][i % len(KINDS[launcher])] for i in range(each)]
+            rng.shuffle(kinds)
+            plans[training] = [draw(rng, kind) for kind in kinds]
+        survive(launcher, plans, work / launcher, rows)
+    return list(rows.values())
+
+
+def survive(launcher: str, plans: dict[str, list[Kill]], work: Path, rows: dict[str, Outcome]) -> None:
+    """One run through all kills of a launcher beside one without any."""
+    steps = SAVE_STEPS * CHECKPOINTS * (max(map(len, plans.values())) + 1)
+    for training, plan in plans.items():
+        for planned in plan:
+            one(launcher, training, planned, steps, work, rows[planned.kind])
+        if training != "stage1":  # whose command goes on to stage 2
+            command = launched(launcher, arguments(training, work / "killed", steps))
+            last = finish(command, work / "killed.log")
+            for kind in {k.kind for k in plan}:
+                rows[kind].check(last.process.returncode == 0, f"{launcher} {training}: did not end: {tail(last)}")
+    for training in plans:
+        if training != "stage1":
+            finish(launched(launcher, arguments(training, work / "whole", steps)), work / "whole.log")
+    for training, plan in plans.items():
+        whole, killed = (hashes(work / name, (training,)) for name in ("whole", "killed"))
+        same = whole == killed and "absent" not in whole.values()
+        for kind in {k.kind for k in plan}:
+            rows[kind].check(same, f"{launcher} {training}: other weights than without kills")
+
+
+def one(launcher: str, training: str, planned: Kill, steps: int, work: Path, row: Outcome) -> None:
+    """Start, kill at the drawn moment, and look at what is left."""
+    run_dir = work / "killed"
+    stage_dir = run_dir / FOLDERS[training]
+    where = f"{launcher} {training} {planned.moment}"
+    job = Job(launched(launcher, arguments(training, run_dir, steps)), work / "killed.log")
+    try:
+        before = newest(stage_dir)
+        goal = SAVE_STEPS * (before // SAVE_STEPS + planned.checkpoints)
+        target = stage_dir / f"checkpoint-{goal}"
+        sign = target if planned.moment == "saving" else target / run.MARKER
+        deadline = time.monotonic() + PATIENCE
+        while not sign.exists():
+            if job.process.poll() is not None or time.monotonic() > deadline:
+                row.check(False, f"{where}: ended before the kill: {tail(job)}")
+                return
+            time.sleep(0.002)
+        time.sleep(planned.delay)
+        kept = newest(stage_dir)
+        if not strike(job, planned):
+            row.check(False, f"{where}: nothing was left to kill")
+            return
+        row.tried += 1
+        ended = job.wait(NOTICE if planned.kind == "notice" else 60)
+        row.check(ended is not None, f"{where}: processes were left: {tail(job)}")
+        row.check(ended != 0, f"{where}: exit status 0")
+        whole = step_of(run.last_complete_checkpoint(stage_dir))
+        row.check(whole >= kept, f"{where}: checkpoint {kept} was lost, {whole} is the last")
+        if planned.kind == "notice":
+            row.check("saving at the end of this step" in job.output(), f"{where}: the notice was not taken")
+            row.check("Traceback" not in job.output(), f"{where}: traceback: {tail(job)}")
+    finally:
+        job.end()
+
+
+def strike(job: Job, planned: Kill) -> bool:
+    """Do it; False if there was nothing to do it to."""
+    if planned.kind == "notice":
+        return kill(job.process.pid, signal.SIGTERM)
+    if planned.kind == "launcher":
+        return kill(job.process.pid, signal.SIGKILL)
+    victims = job.ranks() if planned.kind == "rank" else job.workers()
+    return bool(victims) and kill(victims[int(planned.which * len(victims))], signal.SIGKILL)
+
+
+def tail(job: Job) -> str:
+    """The last of what it said, for a table's cell."""
+    said = job.lines() or job.output().splitlines()
+    return " / ".join(said[-2:])[-300:].replace("|", "/")
