@@ -1,0 +1,130 @@
+"""transformers' folders and hub ids, whole or inside a repository, and embeddings of whatever model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from llava_genhancer.convert.companions import copy_tokenizer
+from llava_genhancer.errors import InputError, reason
+from llava_genhancer.tower.export import PROCESSOR_FILES, find_file
+
+MODELS = {"clip": "CLIPModel", "siglip": "SiglipModel"}
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+def local(name: str) -> str:
+    """A path or hub id as transformers takes it; a folder or file *inside* a hub repository is fetched.
+
+    Raises:
+        InputError: the hub does not have it, or cannot be reached.
+    """
+    parts = name.split("/")
+    if Path(name).exists() or name.startswith((".", "/", "~")) or len(parts) < 3:
+        return name
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
+    try:
+        if Path(inside).suffix in (".pt", ".pth", ".bin", ".safetensors"):
+            return str(hf_hub_download(repository, inside))
+        folder = Path(snapshot_download(repository, allow_patterns=f"{inside}/*")) / inside
+    except Exception as error:  # the hub's client and its transport have exceptions of their own
+        raise InputError(
+            f"{name} is not a path here, and the hub did not give it ({reason(error)}): download {inside} of "
+            f"{repository} and give its path"
+        ) from None
+    if not folder.is_dir():
+        raise InputError(f"the hub's {repository} has no folder {inside}")
+    return str(folder)
+
+
+def is_hf(name: str) -> bool:
+    """Whether a local folder, or a hub id, is in transformers' format (``config.json`` with a ``model_type``)."""
+    path = Path(name)
+    if path.is_file() or path.suffix in (".pt", ".pth") or (not path.exists() and name.startswith((".", "/"))):
+        return False
+    if not path.exists() and name.count("/") != 1:
+        return False
+    found = find_file(name, "config.json")
+    return found is not None and '"model_type"' in Path(found).read_text(encoding="utf-8")
+
+
+def read_config(name: str) -> Any:
+    """Its CLIPConfig or SiglipConfig.
+
+    Raises:
+        InputError: another kind of model; a vision tower alone has no text side to compare with.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except Exception as error:  # a config may hold anything, and transformers then raises anything
+        raise InputError(f"{name}: its config.json cannot be used ({reason(error)})") from None
+    if config.model_type not in MODELS:
+        raise InputError(f"{name} is a '{config.model_type}' model: needed is a whole CLIPModel or SiglipModel")
+    return config
+
+
+def build(config: Any) -> Any:
+    """The config's model in fp32 on the CPU, untrained, in evaluation mode."""
+    import transformers
+
+    return getattr(transformers, MODELS[config.model_type])(config).float().eval()
+
+
+def load(name: str) -> tuple[Any, Path | None]:
+    """The whole model in fp32 on the CPU, every weight accounted for, and its weight file if it is one file.
+
+    Raises:
+        InputError: weights missing, or not readable.
+    """
+    import transformers
+
+    config = read_config(name)
+    try:
+        model, info = getattr(transformers, MODELS[config.model_type]).from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise InputError(f"{name}: its weights cannot be loaded ({reason(error)})") from None
+    missing = sorted(info["missing_keys"]) + sorted(map(str, info.get("mismatched_keys", [])))
+    if missing:
+        raise InputError(f"{name}: {len(missing)} weights are not in its files (first: {missing[0]})")
+    file = next((f for w in WEIGHTS if (f := find_file(name, w)) is not None), None)
+    return model.eval(), Path(file) if file else None
+
+
+def has_processor(name: str) -> bool:
+    """Whether the folder or hub id has an image processor."""
+    return find_file(name, "preprocessor_config.json") is not None
+
+
+def gather_companions(name: str, like: str | None, folder: Path) -> None:
+    """Image processor and tokenizer into ``folder``: its own, and what it lacks from ``like``.
+
+    Raises:
+        InputError: neither has them.
+    """
+    for file in PROCESSOR_FILES:
+        found = find_file(name, file) or (find_file(like, file) if like else None)
+        if found is None:
+            raise InputError(f"{name} has no {file}: add --like and the name of the original model")
+        (folder / file).write_bytes(Path(found).read_bytes())
+    if not copy_tokenizer([name, like], folder):
+        raise InputError(f"{name} has no tokenizer: add --like and the name of the original model")
+
+
+@torch.no_grad()
+def embeddings(model: Any, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Image and text embeddings, not normalised (B, D), of transformers' or open_clip's model."""
+    if hasattr(model, "encode_image"):
+        return model.encode_image(pixels), model.encode_text(tokens)
+    images = model.get_image_features(pixel_values=pixels).pooler_output
+    return images, model.get_text_features(input_ids=tokens).pooler_output
