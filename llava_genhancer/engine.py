@@ -29,6 +29,7 @@ from llava_genhancer.resources import resource_dir
 from llava_genhancer.trainer import FINAL_FILE, ExactTrainer
 
 log = logging.getLogger(__name__)
+WRITE_AGAIN = "remove it and repeat the run's command, which then writes it anew from the last checkpoint"
 # What a misspelt key is compared with; DeepSpeed knows many more.
 DEEPSPEED_KEYS = (
     "bf16", "fp16", "gradient_accumulation_steps", "gradient_clipping", "optimizer", "scheduler", "train_batch_size",
@@ -266,6 +267,22 @@ def _add_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return total
 
 
+def read_trained(file: Path) -> dict[str, torch.Tensor]:
+    """A stage's trained weights by name.
+
+    Raises:
+        InputError: missing or damaged file.
+    """
+    try:
+        state = load_file(file)
+    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be read ({reason(error)}): {WRITE_AGAIN}") from None
+    result = stage_result(file.parent) if file.name == FINAL_FILE else None
+    if result is not None and run.sha256(file) != result["weights_sha256"]:
+        raise InputError(f"{file} is not what the training wrote (its SHA-256 is another): {WRITE_AGAIN}")
+    return state
+
+
 def load_trained(model: nn.Module, file: Path, names: Collection[str] = (), *, part: str = "") -> None:
     """Load a stage's trained weights into ``model``; every tensor must have its place and shape.
 
@@ -276,14 +293,10 @@ def load_trained(model: nn.Module, file: Path, names: Collection[str] = (), *, p
     Raises:
         InputError: missing, damaged or foreign file, or one with a gap.
     """
-    again = "remove it and repeat the run's command, which then writes it anew from the last checkpoint"
-    try:
-        state = load_file(file)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{file} cannot be read ({reason(error)}): {again}") from None
+    state = read_trained(file)
     absent = sorted(set(names) - state.keys())
     if absent:
-        raise InputError(f"{file} lacks {len(absent)} weights (first: {absent[0]}): {again}")
+        raise InputError(f"{file} lacks {len(absent)} weights (first: {absent[0]}): {WRITE_AGAIN}")
     parameters = dict(model.named_parameters())
     state = {name: value for name, value in state.items() if name.startswith(part)}
     for name, value in state.items():

@@ -58,5 +58,5 @@ def lost_rank(error: BaseException) -> str | None:
     ours = {cls.__name__ for cls in type(error).__mro__} & {"DistNetworkError", "DistStoreError", "DistBackendError"}
     text = reason(error)
     if ours or (isinstance(error, RuntimeError) and "gloo" in text.lower()):
-        return re.sub(r"^\[.*?\] ", "", text)  # without the place in its source
+        return re.sub(r"^\[.*?\] ", "", text).partition(". This is")[0]  # without its place in the source, and advice
     return None

@@ -118,9 +118,10 @@ class LossGuard:
         total, keys = self.total(mine), self._step_keys
         self._step_losses, self._step_keys = [], []
         usual = statistics.median(self._accepted) if len(self._accepted) >= ENOUGH else math.inf
-        if not total > self.policy.spike_factor * usual:  # NaN is not a spike: it shows in the gradient
-            if math.isfinite(total):
-                self._accepted.append(total)
+        if not math.isfinite(total):  # no spike: it shows in the gradient
+            return loss
+        if total <= self.policy.spike_factor * usual:
+            self._accepted.append(total)
             return loss
         what = f"the loss of step {step} is {total / usual:.3g} times the usual one"
         self._write(step, mine, keys)

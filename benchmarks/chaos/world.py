@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from llava_genhancer import run
 from llava_genhancer.resources import resource_dir
@@ -174,6 +177,82 @@ class Job:
         self.process.wait()
 
 
+class ForkedJob(Job):
+    """The command in a fork of this process, which has imported all of it: kills come cheaper by its start-up time."""
+
+    def __init__(self, arguments: list[str], log: Path):
+        import llava_genhancer.enhance.train
+        import llava_genhancer.llava.train  # noqa: F401
+
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as output:
+            self.start = output.tell()
+            sys.stdout.flush()
+            self.process = _Child(os.fork())  # type: ignore[assignment]  # it answers to the same few calls
+            if self.process.pid == 0:
+                _be_the_command(arguments, output.fileno())
+
+    def alive(self) -> list[int]:
+        """All its processes that still run: they are a session of their own."""
+        self.process.poll()
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                state, *numbers = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except OSError:
+                continue
+            if entry.name.isdigit() and numbers[2] == str(self.process.pid) and state != "Z":
+                found.append(int(entry.name))
+        return found
+
+
+@dataclass
+class _Child:
+    """A forked process, as much of it as Popen would show."""
+
+    pid: int
+    returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self) -> int:
+        while self.poll() is None:
+            time.sleep(0.05)
+        assert self.returncode is not None
+        return self.returncode
+
+
+def _be_the_command(arguments: list[str], output: int) -> NoReturn:
+    """What `python -m llava_genhancer` does once it is loaded; never comes back."""
+    from llava_genhancer import cli
+
+    status: object = 1
+    try:
+        os.setsid()
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.argv = ["llava-genhancer", *arguments]
+        cli.main(arguments)
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(status if isinstance(status, int) else 0 if status is None else 1)
+
+
+def started(launcher: str, arguments: list[str], log: Path) -> Job:
+    """A job of either kind."""
+    return ForkedJob(arguments, log) if launcher == "plain" else Job(launched(launcher, arguments), log)
+
+
 def kill(pid: int, signum: int) -> bool:
     """Send a signal; False if the process is gone."""
     try:
@@ -207,7 +286,11 @@ def _parent(pid: int) -> int:
 
 def finish(command: list[str], log: Path, **environment: str) -> Job:
     """Run to the end; whatever happens nothing is left behind."""
-    job = Job(command, log, environment)
+    return ended(Job(command, log, environment))
+
+
+def ended(job: Job) -> Job:
+    """Wait for it, and kill it where that takes too long."""
     job.wait()
     job.end()
     return job
