@@ -85,7 +85,7 @@ for name in NAMES:
         assert resource_dir(name).is_relative_to(package), name
     except InputError:
         print("absent:", name)
-for name in ("toyworld:clip", "toyworld:vae", "toyworld:llama"):
+for name in ("toyworld:clip", "toyworld:vae", "toyworld:vq", "toyworld:llama"):
     assert list(Path(resolve(name)).glob("*.safetensors")), name
     assert Path(resolve(name)).is_relative_to(package)
 from importlib.metadata import entry_points

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from llava_genhancer.enhance.pretrained import load_whole
@@ -43,7 +43,8 @@ class VqTarget:
         codebook = vq.quantize.embedding.weight.detach().float().clone()  # (V, E)
         self.codebook = normalize(codebook, dim=-1) if unit_codes else codebook
         self.unit_codes = unit_codes
-        self.vq = vq.eval().requires_grad_(False).to(dtype)
+        # Not its own ``to``, which warns of modules to be kept in fp32 though there are none.
+        self.vq = nn.Module.to(vq.eval().requires_grad_(False), dtype)
         self.codes = len(codebook)
         self.downscale = 2 ** (len(vq.config.block_out_channels) - 1)
 

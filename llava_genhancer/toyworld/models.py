@@ -1,9 +1,11 @@
-"""The toy world's models as ordinary Hugging Face folders: a CLIP, a VAE, and a SigLIP of random weights for tests.
+"""The toy world's models as ordinary Hugging Face folders: a CLIP, a VAE, a VQ-VAE, and a SigLIP of random
+weights for tests.
 
 ``python -m llava_genhancer.toyworld.models --output DIR`` trains and writes what is shipped under ``weights/``, the
-Llama of ``language.py`` too (about twenty minutes on one core; ``training.py`` has the loops).
+Llama of ``language.py`` too (about half an hour on one core; ``training.py`` has the loops). The shipped VQ-VAE comes
+from ``--only vq --images 8000``.
 
-Shapes: B images, 3 x 48 x 48; 6 x 6 patches of 8 pixels; embeddings of 96. VAE latents: 8 x 12 x 12.
+Shapes: B images, 3 x 48 x 48; 6 x 6 patches of 8 pixels; embeddings of 96. VAE latents: 8 x 12 x 12. VQ: 12 x 12 ids.
 """
 
 import argparse
@@ -11,7 +13,7 @@ import logging
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -26,11 +28,14 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from llava_genhancer.toyworld.paths import resolve
+from llava_genhancer.toyworld.paths import SHIPPED, resolve
 from llava_genhancer.toyworld.scenes import IMAGE_SIZE
 from llava_genhancer.toyworld.tokenizer import MAX_LENGTH, write_tokenizer
 
-__all__ = ["build_clip_config", "build_siglip_config", "build_vae", "resolve", "save_clip", "save_siglip", "save_vae"]
+__all__ = [
+    "build_clip_config", "build_siglip_config", "build_vae", "build_vq", "resolve", "save_clip", "save_siglip",
+    "save_vae",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +113,21 @@ def build_vae() -> AutoencoderKL:
     )
 
 
+def build_vq() -> VQModel:
+    """A small ``VQModel``, f = 4 with 256 codes of 8 channels, for images in [-1, 1]."""
+    return VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 48),
+        layers_per_block=1,
+        latent_channels=8,
+        num_vq_embeddings=256,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+        mid_block_add_attention=False,
+    )
+
+
 def save_clip(model: CLIPModel, folder: str | Path, *, half: bool = False) -> Path:
     """Write ``model``, its image processor and its tokenizer as one Hugging Face folder; ``half`` stores float16."""
     folder = Path(folder)
@@ -134,8 +154,8 @@ def save_siglip(folder: str | Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def save_vae(vae: AutoencoderKL, folder: str | Path, *, half: bool = False) -> Path:
-    """Write ``vae`` as a diffusers folder; ``half`` stores float16."""
+def save_vae(vae: AutoencoderKL | VQModel, folder: str | Path, *, half: bool = False) -> Path:
+    """Write a VAE or a VQ-VAE as a diffusers folder; ``half`` stores float16."""
     folder = Path(folder)
     (vae.half() if half else vae).save_pretrained(folder)
     return folder
@@ -152,20 +172,20 @@ def load_clip(folder: str | Path) -> tuple[CLIPModel, CLIPTokenizer]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train the models and write them to ``--output``/clip, /vae and /llama."""
+    """Train the models and write them to ``--output``/clip, /vae, /vq and /llama."""
     parser = argparse.ArgumentParser(prog="python -m llava_genhancer.toyworld.models", description=main.__doc__)
-    parser.add_argument("--output", required=True, type=Path, help="folder to write clip/, vae/ and llama/ into")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write clip/, vae/, vq/ and llama/ into")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, default=24_000, help="rendered training images for CLIP and VAE")
+    parser.add_argument("--images", type=int, default=24_000, help="rendered training images for CLIP, VAE and VQ-VAE")
     parser.add_argument("--threads", type=int, default=1, help="the exact weights depend on this number too")
-    parser.add_argument("--only", choices=("clip", "vae", "llama"), help="train one of the three")
+    parser.add_argument("--only", choices=SHIPPED, help="train one of them")
     arguments = parser.parse_args(argv)
     from llava_genhancer.toyworld import language, training
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(arguments.threads)
     logger.info("seed %d, %d thread(s)", arguments.seed, arguments.threads)
-    chosen = [arguments.only] if arguments.only else ["clip", "vae", "llama"]
+    chosen = [arguments.only] if arguments.only else list(SHIPPED)
     if "llama" in chosen:
         language.save_llama(language.train_llama(seed=arguments.seed), arguments.output / "llama", half=True)
     if chosen == ["llama"]:
@@ -175,6 +195,8 @@ def main(argv: list[str] | None = None) -> None:
         save_clip(training.train_clip(world, seed=arguments.seed), arguments.output / "clip", half=True)
     if "vae" in chosen:
         save_vae(training.train_vae(world, seed=arguments.seed), arguments.output / "vae", half=True)
+    if "vq" in chosen:
+        save_vae(training.train_vq(world, seed=arguments.seed), arguments.output / "vq", half=True)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ from pathlib import Path
 
 CACHE_NAME = "toyworld-v1"
 _WEIGHTS = Path(__file__).parent / "weights"
-_SHIPPED = {f"toyworld:{name}": _WEIGHTS / name for name in ("clip", "vae", "llama")}
+SHIPPED = ("clip", "vae", "vq", "llama")
 
 
 def resolve(name: str) -> str:
-    """``"toyworld:clip"``, ``:vae`` and ``:llama`` as the absolute folders of the shipped weights; others unchanged."""
-    return str(_SHIPPED[name].resolve()) if name in _SHIPPED else name
+    """``"toyworld:clip"``, ``:vae``, ... as the absolute folders of the shipped weights; other names unchanged."""
+    world, _, model = name.partition(":")
+    return str((_WEIGHTS / model).resolve()) if world == "toyworld" and model in SHIPPED else name
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:

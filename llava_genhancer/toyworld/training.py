@@ -1,4 +1,4 @@
-"""Training loops for the toy world's CLIP and VAE: minutes on one core, deterministic in the seed and thread count."""
+"""Training loops for the toy world's CLIP, VAE and VQ-VAE: minutes on one core, exact in seed and threads."""
 
 import logging
 import tempfile
@@ -8,7 +8,7 @@ from random import Random
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from torch import Tensor
 from transformers import CLIPModel
 
@@ -129,3 +129,51 @@ def train_vae(
     )
     logger.info("latents: mean %.3f, deviation %.3f", latents.mean(), latents.std())
     return vae
+
+
+def train_vq(
+    pool: Pool,
+    *,
+    seed: int,
+    steps: int = 1500,
+    batch_size: int = 16,
+    learning_rate: float = 2e-3,
+    settle: int = 300,
+) -> VQModel:
+    """Reconstruction with a commitment term.
+
+    For ``settle`` steps nothing is quantised. Then the codebook starts as encodings, and a code that nothing was near
+    to for 100 steps becomes an encoding again: else most codes would never be used.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    vq = models.build_vq()
+    codebook = vq.quantize.embedding.weight
+    optimizer = torch.optim.AdamW(vq.parameters(), lr=learning_rate, weight_decay=0.01)
+    rates = schedule(optimizer, steps, warmup=100)
+    used = torch.zeros(len(codebook), dtype=torch.bool)
+    start = time.perf_counter()
+    for step in range(steps):
+        chosen = torch.randint(len(pool.images), (batch_size,), generator=generator)
+        images = normalise(pool.images[chosen], (0.5,) * 3, (0.5,) * 3)
+        encoded = vq.encode(images).latents
+        if step >= settle and (step - settle) % 100 == 0 and step < 0.75 * steps:
+            vectors = encoded.detach().movedim(1, -1).flatten(0, -2)
+            with torch.no_grad():
+                codebook[~used] = vectors[torch.randint(len(vectors), (int((~used).sum()),), generator=generator)]
+            used.zero_()
+        quantised, commitment, (_, _, ids) = vq.quantize(encoded)
+        used[ids] = step >= settle
+        told, commitment = (encoded, 0 * commitment) if step < settle else (quantised, commitment)
+        error = vq.decoder(vq.post_quant_conv(told)) - images
+        loss = error.abs().mean() + error.square().mean() + commitment
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
+        optimizer.step()
+        rates.step()
+        if (step + 1) % 100 == 0:
+            psnr = 10 * torch.log10(4 / error.detach().square().mean())
+            seconds, codes = time.perf_counter() - start, len(ids.unique())
+            logger.info("vq %d/%d psnr %.1f dB, %d codes in a batch, %.0f s", step + 1, steps, psnr, codes, seconds)
+    return vq.eval()
