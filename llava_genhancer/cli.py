@@ -157,6 +157,30 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch_size", type=int, default=64)
     sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
 
+    sub = verb(
+        "zero-shot",
+        _zero_shot,
+        "Measure towers' zero-shot classification and retrieval (Table 3); what was measured is not measured again.",
+        epilog="A data set is a folder called like clip_benchmark's (imagenet1k, cifar100, sun397, cars, flickr30k, "
+        "mscoco_captions): its webdataset export, parquet, Karpathy's dataset_*.json or captions.jsonl beside the "
+        "images, or a folder of images per class.",
+    )
+    sub.add_argument("towers", nargs="+", metavar="TOWER", help="folder or hub id; others are compared with the first")
+    _add_zero_shot_options(sub)
+    sub.add_argument("--output", metavar="JSON", help="write the results here, and each set's answers beside it")
+
+    sub = verb(
+        "curve",
+        _curve,
+        "MMVP-VLM against zero-shot retention at strengths between the original tower and the enhanced one, to choose "
+        "one for `export --lora_scale`.",
+    )
+    sub.add_argument("towers", nargs="+", metavar="RUN", help="a run; or two towers, ORIGINAL and ENHANCED")
+    _add_zero_shot_options(sub)
+    sub.add_argument("--mmvp", required=True, metavar="DIR", help="MMVP-VLM's folder")
+    sub.add_argument("--lora_scale", metavar="S,...", default="0,0.25,0.5,0.75,1", help="strengths from 0 to 1")
+    sub.add_argument("--output", metavar="JSON", help="default: RUN/eval/curve.json; the picture goes beside it")
+
     sub = verb("generation", _generation, "Score a run's rebuilt images, and MMVP-VLM on its snapshots (Fig. 1).")
     sub.add_argument("run_dir", metavar="RUN")
     sub.add_argument("--data", metavar="DIR", help="MMVP-VLM's folder (default: no MMVP-VLM)")
@@ -222,6 +246,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seeds", type=int, default=1, help="repeat with this many seeds and report over them")
     _add_fields(sub)
     return parser
+
+
+def _add_zero_shot_options(parser: argparse.ArgumentParser) -> None:
+    data = "data sets' folders, or folders of such"
+    parser.add_argument("--data", required=True, nargs="+", metavar="DIR", help=data)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
 
 
 class _Field(argparse.Action):
@@ -321,6 +352,26 @@ def _mmvp_vlm(args: Any) -> None:
     from llava_genhancer.evaluate.mmvp_vlm import run
 
     run(args.towers, args.data, output=args.output, batch_size=args.batch_size, device=args.device)
+
+
+def _zero_shot(args: Any) -> None:
+    from llava_genhancer.evaluate.zero_shot import run
+
+    run(args.towers, args.data, output=args.output, batch_size=args.batch_size, device=args.device)
+
+
+def _curve(args: Any) -> None:
+    from llava_genhancer.evaluate.curve import run
+
+    run(
+        args.towers,
+        args.data,
+        args.mmvp,
+        scales=args.lora_scale,
+        output=args.output,
+        batch_size=args.batch_size,
+        device=args.device,
+    )
 
 
 def _generation(args: Any) -> None:

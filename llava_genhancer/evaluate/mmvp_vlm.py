@@ -167,7 +167,7 @@ def run(
     if labels is not None and len(labels) != len(towers):
         raise InputError(f"{len(labels)} labels for {len(towers)} towers: give one each")
     chosen = choose_device(device)
-    target = _writable(Path(output).expanduser()) if output is not None else None
+    target = output_path(Path(output).expanduser(), "mmvp_vlm.json") if output is not None else None
     benchmark = load_benchmark(data)
     results = []
     for tower, label in zip(towers, labels or short_labels(towers), strict=True):
@@ -193,10 +193,14 @@ def short_labels(names: Sequence[str]) -> list[str]:
     return [f"{x} ({labels[:i].count(x) + 1})" if labels.count(x) > 1 else x for i, x in enumerate(labels)]
 
 
-def _writable(path: Path) -> Path:
-    """The JSON's path, its folder made; said before the measurement, not after it."""
+def output_path(path: Path, name: str) -> Path:
+    """The JSON's path, ``name`` in a folder, which is made; bad ones are refused before the measurement, not after it.
+
+    Raises:
+        InputError: not a .json, or it cannot be written.
+    """
     if path.is_dir() or not path.suffix:
-        path = path / "mmvp_vlm.json"
+        path = path / name
     if path.suffix != ".json":
         raise InputError(f"--output {path}: give a name that ends in .json, or a folder")
     try:

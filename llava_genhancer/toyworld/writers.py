@@ -1,4 +1,5 @@
-"""The toy world as files: caption shards, pairs as in MMVP-VLM, LLaVA's two JSON files, questions, benchmarks."""
+"""The toy world as files: caption shards, pairs as in MMVP-VLM, zero-shot sets, LLaVA's two JSON files, questions,
+benchmarks."""
 
 import csv
 import hashlib
@@ -17,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.toyworld import benchmarks, questions, scenes
+from llava_genhancer.toyworld import benchmarks, questions, scenes, zero_shot
 from llava_genhancer.toyworld.paths import cache_folder, resolve
 
 logger = logging.getLogger(__name__)
@@ -162,6 +163,10 @@ def write_questions(folder: str | Path, split: str, seed: int, per_detail: int) 
     return folder
 
 
+def _write_zero_shot(folder: Path, split: str, seed: int) -> None:
+    zero_shot.write_zero_shot(folder, split, seed, DETAIL_PROBABILITY, _jpeg)
+
+
 @dataclass(frozen=True)
 class ToyWorld:
     """Folders of a prepared toy world. ``clip``, ``vae`` and ``llama`` are shipped weights, the others rendered."""
@@ -176,12 +181,15 @@ class ToyWorld:
     questions_dev: Path
     questions_test: Path
     benchmarks: Path
+    zero_shot_dev: Path
+    zero_shot_test: Path
 
 
 def _digest() -> str:
     """Changes whenever the code that draws or writes the world does."""
     source = b"".join(
-        Path(file).read_bytes() for file in (scenes.__file__, questions.__file__, benchmarks.__file__, __file__)
+        Path(file).read_bytes()
+        for file in (scenes.__file__, questions.__file__, benchmarks.__file__, zero_shot.__file__, __file__)
     )
     return hashlib.sha256(source).hexdigest()
 
@@ -234,6 +242,8 @@ def prepare(cache_dir: str | Path | None = None) -> ToyWorld:
         _render(folder / "questions_dev", lambda new: write_questions(new, "dev", 5, QUESTIONS_PER_DETAIL))
         _render(folder / "questions_test", lambda new: write_questions(new, "test", 6, QUESTIONS_PER_DETAIL))
         _render(folder / "benchmarks", lambda new: benchmarks.write_benchmarks(new, seed=7))
+        _render(folder / "zero_shot_dev", lambda new: _write_zero_shot(new, "dev", seed=8))
+        _render(folder / "zero_shot_test", lambda new: _write_zero_shot(new, "test", seed=9))
     except OSError as error:
         raise InputError(
             f"cannot write the toy world into {folder} ({error.strerror or error}); "
@@ -250,4 +260,6 @@ def prepare(cache_dir: str | Path | None = None) -> ToyWorld:
         questions_dev=folder / "questions_dev",
         questions_test=folder / "questions_test",
         benchmarks=folder / "benchmarks",
+        zero_shot_dev=folder / "zero_shot_dev",
+        zero_shot_test=folder / "zero_shot_test",
     )
