@@ -54,7 +54,7 @@ class Quality:
     """
 
     clip_score: float
-    clip_interval: tuple[float, float] | None
+    clip_interval: list[float] | None
     caption_score: float | None
     mse: float
     psnr: float | None
@@ -88,7 +88,7 @@ class Judge:
         mse = float((_pixels(self.originals) - _pixels(rebuilt, self.originals.shape[-1])).square().mean())
         return Quality(
             clip_score=scores["mean"],
-            clip_interval=None if scores["interval"] is None else tuple(scores["interval"]),
+            clip_interval=scores["interval"],
             caption_score=told,
             mse=mse,
             psnr=None if mse == 0 else -10 * float(np.log10(mse)),
