@@ -17,7 +17,7 @@ CODE := llava_genhancer tests benchmarks setup.py
 # The environment's tools first on PATH: DeepSpeed looks for ninja there.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test test-slow test-compat check format bench bench-llava lock clean
+.PHONY: help install demo test test-slow test-compat check format bench bench-llava fuzz lock clean
 
 help:
 	@sed -n 's/^##  *//p' $(MAKEFILE_LIST)
@@ -70,6 +70,10 @@ bench: $(STAMP)
 bench-llava: $(STAMP)
 	@bash scripts/compat_env.sh $(COMPAT) $(VENV)
 	@$(BIN)/python benchmarks/llava_train.py --compat $(COMPAT)/bin/python $(ARGS)
+
+##  make fuzz         broken and hostile files by the thousand: what was tried, what held (ARGS="--seed N")
+fuzz: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py $(ARGS)
 
 ##  make lock         write constraints.txt anew: the newest versions that pyproject.toml allows
 lock:

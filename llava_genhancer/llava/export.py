@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from llava_genhancer import run
-from llava_genhancer.engine import stage_result
+from llava_genhancer.engine import read_trained, stage_result
 from llava_genhancer.errors import InputError
 from llava_genhancer.llava.checkpoint import Checkpoint, raw_config
 from llava_genhancer.llava.hf import write_hf
@@ -60,7 +59,7 @@ def export_step(recipe: LlavaRecipe, step: str, folder: Path, output_dir: Path |
 
 def collect(recipe: LlavaRecipe, step: str, weights: Path) -> Checkpoint:
     """The checkpoint that ``weights``, a step's result, make of the recipe's language model; LoRA is merged in fp32."""
-    trained = load_file(weights)
+    trained = read_trained(weights)
     part = {
         prefix: {n.removeprefix(prefix): v for n, v in trained.items() if n.startswith(prefix)}
         for prefix in ("language_model.", "multi_modal_projector.")

@@ -135,7 +135,9 @@ def verify_tower(folder: str | os.PathLike) -> dict[str, Any]:
     """
     marker = read_marker(folder)
     for name, expected in marker["weights"].items():
-        path = Path(folder) / os.path.basename(name)
+        path = Path(folder) / name
+        if name != os.path.basename(name):
+            raise InputError(f"{Path(folder) / MARKER} lists {name!r}, which is no name of a file in it")
         if not path.is_file() or _sha256(path) != expected:
             raise InputError(f"{path} is missing or not the file that was exported: export the tower again")
     check_keys(folder)
@@ -148,12 +150,15 @@ def check_keys(folder: str | os.PathLike) -> None:
     Raises:
         InputError: with the first key that an old transformers would not find.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     keys: list[str] = []
     for path in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(str(path), framework="pt") as f:
-            keys.extend(f.keys())
+        try:
+            with safe_open(str(path), framework="pt") as f:
+                keys.extend(f.keys())
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} cannot be read ({error}): export the tower again") from None
     expected = ("vision_model.", "text_model.", "visual_projection.", "text_projection.", "logit_scale", "logit_bias")
     foreign = [k for k in keys if not k.startswith(expected)]
     if foreign:
