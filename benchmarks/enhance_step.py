@@ -226,7 +226,7 @@ def measure_stage(
     numel = sum(p.numel() for p in trained)
     floors["optimizer"] = OPTIMIZER_BYTES * numel / rates.copy
     if numel != costs.trained_parameters(recipe, stage, facts, vae):
-        raise AssertionError("costs.py counts other parameters than there are")
+        raise AssertionError("costs counts other parameters than there are")
     return {
         "batch": batch,
         "image_size": size,

@@ -72,6 +72,81 @@ def test_denoiser_and_projector_match_the_classes(recipe: recipes.Recipe) -> Non
         assert count(denoiser) == 1_310_154_816
 
 
+@pytest.mark.parametrize("layers", [2, 4, 6, 8])
+def test_the_masked_denoisers_of_table_5_match_the_class(layers: int) -> None:
+    from llava_genhancer.enhance.denoisers.masked import MaskedDenoiser
+
+    recipe = recipes.override(recipes.get_recipe("siglip-so400m-384-masked"), {"denoiser_layers": layers})
+    with torch.device("meta"):
+        denoiser = MaskedDenoiser(recipe, costs.VQ_F16.codes, 24)
+    assert costs.denoiser_parameters(recipe, costs.VQ_F16, 384) == count(denoiser)
+
+
+@pytest.mark.parametrize("mode", ["forward", "train", "frozen"])
+def test_masked_denoiser_flops_match_a_count(mode: str) -> None:
+    from llava_genhancer.enhance.conditions import Condition
+    from llava_genhancer.enhance.denoisers.masked import MaskedDenoiser
+
+    sizes = {"denoiser_layers": 3, "denoiser_heads": 4, "denoiser_head_dim": 32, "txt_dim": 128}
+    recipe = recipes.override(recipes.get_recipe("tiny-masked"), sizes)
+    vq, batch, text = dataclasses.replace(costs.VQ_F16, codes=64), 3, 5
+    denoiser = MaskedDenoiser(recipe, 64, 4).requires_grad_(mode == "train")
+    told = torch.randn(batch, text, 128, requires_grad=mode != "forward")
+
+    def run() -> None:
+        loss = denoiser(torch.randint(64, (batch, 16)), Condition(None, told))
+        if mode != "forward":
+            loss.backward()
+
+    assert batch * costs.denoiser_flops(recipe, 64, vq, mode, text=text) == pytest.approx(flops(run), rel=0.02)
+    if mode == "forward":
+        assert batch * costs.denoiser_flops(recipe, 64, vq, text=text) == flops(run)
+
+
+@pytest.mark.parametrize("attention", [False, True])
+@torch.no_grad()
+def test_a_vq_gans_parameters_and_flops_match_diffusers(attention: bool) -> None:
+    from diffusers import VQModel
+
+    kind = "AttnDownEncoderBlock2D" if attention else "DownEncoderBlock2D"
+    model = VQModel(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D", kind),
+        up_block_types=(kind.replace("DownEncoder", "UpDecoder"), "UpDecoderBlock2D"),
+        layers_per_block=2,
+        latent_channels=16,
+        vq_embed_dim=8,
+        num_vq_embeddings=50,
+        mid_block_add_attention=True,
+    )
+    facts = costs.vae_facts(dict(model.config))
+    assert costs.vae_parameters(facts) == count(model)
+    images = torch.zeros(2, 3, 32, 32)
+    lookup = 2 * 2 * 16**2 * 8 * 50
+    assert 2 * costs.vae_encoder_flops(32, facts) == pytest.approx(
+        flops(lambda: model.encode(images)) + lookup, rel=1e-3
+    )
+
+
+def test_the_known_vq_gan_is_tamings() -> None:
+    """Its encoder's and decoder's size as its authors' configuration gives it, built by diffusers."""
+    from diffusers import VQModel
+
+    with torch.device("meta"):
+        model = VQModel(
+            block_out_channels=(128, 128, 256, 256, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4 + ("AttnDownEncoderBlock2D",),
+            up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            latent_channels=256,
+            vq_embed_dim=256,
+            num_vq_embeddings=16_384,
+            mid_block_add_attention=True,
+        )
+    assert costs.vae_parameters(costs.VQ_F16) == count(model)
+    assert costs.vae_facts(dict(model.config)) == costs.VQ_F16
+
+
 @pytest.mark.parametrize("name", costs.KNOWN_BACKBONES)
 def test_towers_match_the_classes(name: str) -> None:
     from llava_genhancer.enhance.backbones import VisionBackbone

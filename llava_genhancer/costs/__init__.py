@@ -1,0 +1,66 @@
+"""What a recipe costs, counted before anything is loaded: parameters, FLOPs, memory, disk.
+
+Every function here is arithmetic on a recipe and on the facts of its backbone and target tokenizer.
+"""
+
+from llava_genhancer.costs.facts import FLUX_VAE, KNOWN_BACKBONES, VQ_F16, Backbone, Vae, backbone_facts, vae_facts
+from llava_genhancer.costs.space import GIB, Memory, Zero, activation_bytes, checkpoint_bytes, disk_bytes, memory
+from llava_genhancer.costs.work import (
+    Mode,
+    Work,
+    backbone_flops,
+    condition_tokens,
+    denoiser_flops,
+    denoiser_parameters,
+    denoiser_work,
+    engine_parameters,
+    full_model_parameters,
+    lora_parameters,
+    projector_flops,
+    projector_parameters,
+    stage_recipe,
+    step_flops,
+    target_size,
+    total_flops,
+    trained_parameters,
+    vae_encoder_flops,
+    vae_parameters,
+    vision_parameters,
+)
+
+__all__ = [
+    "FLUX_VAE",
+    "GIB",
+    "KNOWN_BACKBONES",
+    "VQ_F16",
+    "Backbone",
+    "Memory",
+    "Mode",
+    "Vae",
+    "Work",
+    "Zero",
+    "activation_bytes",
+    "backbone_facts",
+    "backbone_flops",
+    "checkpoint_bytes",
+    "condition_tokens",
+    "denoiser_flops",
+    "denoiser_parameters",
+    "denoiser_work",
+    "disk_bytes",
+    "engine_parameters",
+    "full_model_parameters",
+    "lora_parameters",
+    "memory",
+    "projector_flops",
+    "projector_parameters",
+    "stage_recipe",
+    "step_flops",
+    "target_size",
+    "total_flops",
+    "trained_parameters",
+    "vae_encoder_flops",
+    "vae_facts",
+    "vae_parameters",
+    "vision_parameters",
+]
