@@ -17,7 +17,7 @@ CODE := llava_genhancer tests benchmarks setup.py
 # The environment's tools first on PATH: DeepSpeed looks for ninja there.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test test-slow test-compat check format bench bench-llava fuzz lock clean
+.PHONY: help install demo test test-slow test-compat check format bench bench-llava chaos fuzz lock clean
 
 help:
 	@sed -n 's/^##  *//p' $(MAKEFILE_LIST)
@@ -74,6 +74,10 @@ bench-llava: $(STAMP)
 ##  make fuzz         broken and hostile files by the thousand: what was tried, what held (ARGS="--seed N")
 fuzz: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py $(ARGS)
+
+##  make chaos        faults on purpose: kills, full disks, damage, NaN, two hosts (an hour at most; ARGS="--seed N")
+chaos: $(STAMP)
+	@$(BIN)/python benchmarks/chaos $(ARGS)
 
 ##  make lock         write constraints.txt anew: the newest versions that pyproject.toml allows
 lock:

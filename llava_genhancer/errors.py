@@ -7,7 +7,7 @@ import os
 import re
 
 # What a full, read-only or forbidden disk answers.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 class InputError(ValueError):

@@ -10,7 +10,7 @@ from world import Job, Outcome, arguments, finish, hashes, launched, mounts, new
 
 from llava_genhancer import run
 
-STEPS = 200
+STEPS = 60
 FULL = "No space left on device"
 # Words that a full disk may end with: torch's writer does not pass on what the system said.
 WORDS = (FULL, "torch could not write a file to its end")
