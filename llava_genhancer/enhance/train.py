@@ -24,6 +24,7 @@ from llava_genhancer.data.views import TrainView
 from llava_genhancer.enhance.backbones import check_backbone
 from llava_genhancer.enhance.enhancer import Enhancer
 from llava_genhancer.enhance.export import export_tower
+from llava_genhancer.enhance.size import check_size
 from llava_genhancer.enhance.stages import WEIGHTS, build_stage, stage_recipe
 from llava_genhancer.enhance.targets import Target, check_target, load_target
 from llava_genhancer.errors import InputError
@@ -63,6 +64,7 @@ def enhance(
     engine.accumulation(recipe.global_batch_size, recipe.per_device_batch_size)  # refused before a manifest says it
     check_backbone(recipe.backbone)
     check_target(recipe)
+    check_size(recipe)
     source = open_source(recipe.data, image_folder=recipe.image_folder)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     check_readers(source, num_workers=recipe.num_workers, world_size=world, sharding=recipe.data_sharding)
