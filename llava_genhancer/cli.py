@@ -231,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output_dir", metavar="OUT", help="for OUT/CELL/seed-N and the page (default: runs/NAME-RECIPE)")
     sub.add_argument("--seeds", type=int, default=1, help="repeat every cell with this many seeds")
     sub.add_argument("--mmvp", metavar="DIR", help="MMVP-VLM's folder (the toy world has its own)")
+    sub.add_argument("--zero_shot", metavar="DIR", help="folder of zero-shot data sets (the toy world has its own)")
     sub.add_argument("--deepspeed", metavar="JSON", help="for trainings on GPUs (default: zero2)")
     sub.add_argument("--hostfile", help="DeepSpeed's, for several machines")
     sub.add_argument("--dry_run", action="store_true", help="print the plan and what it costs, do nothing")
@@ -441,6 +442,7 @@ def _ablate(args: Any) -> int:
         recipe=args.recipe,
         seeds=args.seeds,
         mmvp=args.mmvp,
+        zero_shot=args.zero_shot,
         deepspeed=args.deepspeed,
         hostfile=args.hostfile,
         dry_run=args.dry_run,

@@ -23,6 +23,7 @@ def ablate(
     recipe: str = "tiny",
     seeds: int = 1,
     mmvp: str | None = None,
+    zero_shot: str | None = None,
     deepspeed: str | None = None,
     hostfile: str | None = None,
     dry_run: bool = False,
@@ -34,7 +35,7 @@ def ablate(
         output_dir: where its runs and its page go; default ``runs/NAME-RECIPE``.
         fields: recipe fields for every cell.
         recipe: what cells start from.
-        mmvp: MMVP-VLM's folder; the toy world has its own.
+        mmvp, zero_shot: folders of MMVP-VLM and of zero-shot data sets; the toy world has its own.
         deepspeed, hostfile: for trainings on GPUs, as in the chain.
         dry_run: print the plan and do nothing.
 
@@ -50,7 +51,7 @@ def ablate(
     if name == DENSITIES:
         return _densities(out, dry_run)
     grid = GRIDS[name]
-    jobs = plan(grid, recipe, out, fields or {}, seeds=seeds, mmvp=mmvp)
+    jobs = plan(grid, recipe, out, fields or {}, seeds=seeds, mmvp=mmvp, zero_shot=zero_shot)
     if dry_run:
         print(f"{name}: {grid.title} -> {out}\n{show(jobs, counted(jobs))}")
         return 0

@@ -11,7 +11,7 @@ from llava_genhancer.evaluate.figures import COLOURS, INK, Drawing, short
 from llava_genhancer.evaluate.mmvp_results import GUESS
 
 SCALES = (0.1, 0.5, 1.0, 5.0, 10.0)  # of Table 4 and Fig. 7
-PANELS = {"probes": "probes, points", "clip_score": "CLIP score"}
+PANELS = {"zero_shot": "zero-shot, points", "probes": "probes, points", "clip_score": "CLIP score"}
 
 
 def ablation_figure(table: Table, path: str | Path) -> None:
@@ -40,7 +40,7 @@ def ablation_figure(table: Table, path: str | Path) -> None:
         for panel, quantity in zip(axes[1:], panels, strict=True):
             _cells(panel, table, quantity, None, 3)
             panel.set_ylabel(PANELS[quantity])
-            if quantity == "probes":
+            if quantity != "clip_score":
                 panel.axhline(0, color=COLOURS[0], linewidth=1.4, zorder=1)
         for place, row in enumerate(table.rows):
             if not row.estimates:

@@ -88,12 +88,12 @@ def _body(results: Table, say: Any) -> list[list[str]]:
     rows = []
     if results.original is not None:
         score = results.original.average
-        first = [_cell("mmvp", Estimate(score.percent, score.low, score.high, "pairs")) if results.quantities else ""]
+        first = _cell("mmvp", Estimate(score.percent, score.low, score.high, "pairs"))
         published = [f"{_original(b):.1f}" for b in results.backbones]
-        rows.append(["original", *first, *["-"] * (len(results.quantities) - 1), *published])
+        rows.append(["original", first, *["-"] * (len(results.quantities) - 1), *published])
     for row in results.rows:
         ours = [_cell(q, row.estimates.get(q)) for q in results.quantities]
-        if not row.estimates and ours:
+        if not row.estimates:
             ours[0] = "failed"
         theirs = [f"{row.published[b]:.1f}" if b in row.published else "-" for b in results.backbones]
         rows.append([say(row.label), *ours, *theirs])

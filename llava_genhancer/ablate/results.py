@@ -15,7 +15,7 @@ from llava_genhancer.ablate.grids import Grid
 from llava_genhancer.ablate.running import Job
 from llava_genhancer.engine import stage_result
 from llava_genhancer.enhance.stages import STAGES, WEIGHTS
-from llava_genhancer.evaluate import generation, paper
+from llava_genhancer.evaluate import generation, paper, zero_shot_results
 from llava_genhancer.evaluate.mmvp_results import MmvpResult, compare, load_results
 from llava_genhancer.evaluate.seeds import spread
 from llava_genhancer.run import read_json
@@ -24,6 +24,7 @@ from llava_genhancer.run import read_json
 QUANTITIES = {
     "mmvp": ("MMVP-VLM, %", "{:.1f}"),
     "change": ("minus original, points", "{:+.1f}"),
+    "zero_shot": ("zero-shot minus original, points", "{:+.1f}"),
     "probes": ("probes minus original, points", "{:+.1f}"),
     "clip_score": ("CLIP score of rebuilt images", "{:.3f}"),
     "psnr": ("their PSNR, dB", "{:.2f}"),
@@ -126,7 +127,7 @@ def gather(name: str, recipe: str, grid: Grid, jobs: Sequence[Job], failed: Mapp
                 picture=_last_picture(done[0].folder) if done else None,
             )
         )
-    table.quantities = [q for q in QUANTITIES if any(q in row.estimates for row in table.rows)]
+    table.quantities = [q for q in QUANTITIES if q == "mmvp" or any(q in row.estimates for row in table.rows)]
     drawn = [row.picture for row in table.rows if row.picture is not None]
     table.originals_picture = drawn[0].parent / "originals.png" if drawn else None
     return table
@@ -173,6 +174,9 @@ def _quantities(job: Job, cost: bool) -> dict[str, float]:
     details = _details(job.folder)
     if details:
         found["probes"] = statistics.fmean(details.values())
+    if (answers := job.folder / "eval" / "zero_shot.json").is_file():
+        original, enhanced = zero_shot_results.load_results(answers)
+        found["zero_shot"] = enhanced.mean - original.mean
     quality = generation.final(job.folder)
     if quality is not None:
         found["clip_score"] = quality["clip_score"]

@@ -70,6 +70,7 @@ def plan(
     *,
     seeds: int = 1,
     mmvp: str | None = None,
+    zero_shot: str | None = None,
 ) -> list[Job]:
     """The jobs of an ablation, all cells of a seed before the next seed; nothing is read or written.
 
@@ -78,6 +79,7 @@ def plan(
         fields: the user's changes.
         seeds: how many, counted from the recipe's.
         mmvp: MMVP-VLM's folder; the toy world has its own.
+        zero_shot: folder of zero-shot data sets; likewise.
 
     Raises:
         InputError: no such recipe or field, or no images.
@@ -91,7 +93,8 @@ def plan(
             recipe = _with_data(cell_recipe(grid, cell, name, {**fields, "seed": seed}))
             folder = output_dir / cell.folder / f"seed-{seed}"
             twins = tuple(job.folder for job in jobs if _same_stage1(job.recipe, recipe))
-            jobs.append(Job(cell, seed, recipe, folder, _steps(grid, recipe, cell.start(name), folder, mmvp), twins))
+            steps = _training(recipe, cell.start(name), folder), *_measuring(grid, recipe, folder, mmvp, zero_shot)
+            jobs.append(Job(cell, seed, recipe, folder, steps, twins))
     return jobs
 
 
@@ -107,27 +110,34 @@ def _toy(recipe: Recipe) -> bool:
     return recipe.backbone.startswith("toyworld:")
 
 
-def _steps(grid: Grid, recipe: Recipe, started: str, folder: Path, mmvp: str | None) -> tuple[Step, ...]:
-    """Training and measurements of one run, as commands; ``started`` names the recipe that it departs from."""
-    tower, original = folder / "tower", recipe.backbone
+def _training(recipe: Recipe, started: str, folder: Path) -> Step:
+    """A run as a command; ``started`` names the recipe that it departs from."""
     named = to_dict(get_recipe(started))
     changed = {name: _word(value) for name, value in to_dict(recipe).items() if value != named[name]}
-    steps = [Step("enhance", ("enhance", started, "--output_dir", str(folder), *options(changed)), zero="zero2")]
-    pairs = mmvp or (str(cache_folder() / "mmvp_test") if _toy(recipe) else None)
-    data = ("--data", pairs) if pairs else ()
+    return Step("enhance", ("enhance", started, "--output_dir", str(folder), *options(changed)), zero="zero2")
 
-    def measure(name: str, file: str, *words: str) -> None:
+
+def _measuring(grid: Grid, recipe: Recipe, folder: Path, mmvp: str | None, zero_shot: str | None) -> Iterator[Step]:
+    """What is measured of a finished run; the toy world brings its own test sets."""
+    toy, own = cache_folder(), _toy(recipe)
+    pairs = mmvp or (str(toy / "mmvp_test") if own else None)
+    sets = zero_shot or (str(toy / "zero_shot_test") if own else None)
+    towers = (recipe.backbone, str(folder / "tower"))
+
+    def measure(verb: str, file: str, *words: str) -> Step:
         result = folder / "eval" / f"{file}.json"
-        steps.append(Step(name, (name, *words), result=result, sources=(tower / "config.json",)))
+        output = () if verb == "generation" else ("--output", str(result))
+        return Step(verb, (verb, *words, *output), result=result, sources=(folder / "tower" / "config.json",))
 
     if pairs:
-        output = ("--output", str(folder / "eval" / "mmvp_vlm.json"))
-        measure("mmvp-vlm", "mmvp_vlm", original, str(tower), *data, *output)
+        yield measure("mmvp-vlm", "mmvp_vlm", *towers, "--data", pairs)
+    if sets:
+        yield measure("zero-shot", "zero_shot", *towers, "--data", sets)
+    if own:
+        yield measure("probes", "probes", *towers)
     if recipe.sample_images and (recipe.stage1.sample_steps or recipe.stage2.sample_steps):
-        measure("generation", "generation", str(folder), *(data if grid.over_training else ()))
-    if _toy(recipe):
-        measure("probes", "probes", original, str(tower), "--output", str(folder / "eval" / "probes.json"))
-    return tuple(steps)
+        curve = ("--data", pairs) if pairs and grid.over_training else ()
+        yield measure("generation", "generation", str(folder), *curve)
 
 
 def _word(value: Any) -> str:

@@ -170,7 +170,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path, monkeypatch, caps
     assert "stage 1 is runs/fig8-tiny/lora/seed-0's" in said
     assert "--lora_rank 0" in said
     assert said.count("--lora_dropout 0.2") == 2
-    for verb in ("enhance", "mmvp-vlm", "generation", "probes"):
+    for verb in ("enhance", "mmvp-vlm", "zero-shot", "generation", "probes"):
         assert said.count(f"$ llava-genhancer {verb} ") == 2
     assert not list(tmp_path.iterdir())
 
