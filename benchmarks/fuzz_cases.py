@@ -115,7 +115,7 @@ def edited(draw: st.DrawFn, value: Any) -> Any:
         elif how == "wrap":
             container[key] = [container[key]]
         else:
-            container[key] = draw(st.sampled_from(ODD))
+            container[key] = copy.deepcopy(draw(st.sampled_from(ODD)))
     return value
 
 
