@@ -137,7 +137,7 @@ def inspect(
     ranks = gpus or len(devices) or 1
     backbone, finding = _backbone(recipe)
     yield finding
-    vae, finding = _vae(recipe)
+    vae, finding = _target(recipe)
     yield finding
     yield _data(recipe)
     yield from _device_lines(recipe, torch, devices, gpus)
@@ -539,10 +539,37 @@ def _backbone(recipe: Recipe) -> tuple[Backbone | None, Finding]:
 
 def facts_of(recipe: Recipe) -> tuple[Backbone, Vae] | None:
     """What a recipe's cost is counted from; None where that is not known before something is loaded."""
-    if recipe.denoiser != "flow" or recipe.denoiser_weights is not None:
-        return None
     backbone, _ = _backbone(recipe)
-    return None if backbone is None else (backbone, _vae(recipe)[0])
+    return None if backbone is None else (backbone, _target(recipe)[0])
+
+
+def _target(recipe: Recipe) -> tuple[Vae, Finding]:
+    """The facts of what makes the denoiser's targets."""
+    return _vq(recipe) if recipe.denoiser == "masked" else _vae(recipe)
+
+
+def _vq(recipe: Recipe) -> tuple[Vae, Finding]:
+    """The VQ-GAN's facts, from its own config where it lies here; else those of f16 with 16 384 codes."""
+    name = recipe.vq
+    path = Path(resolve(name)).expanduser()
+    try:
+        from llava_genhancer.enhance.vq import check_vq
+
+        check_vq(name)
+    except ImportError as error:
+        return costs.VQ_F16, Finding(PROBLEM, "VQ-GAN", f"{name} could not be looked at: {error}", INSTALL)
+    except InputError as error:
+        return costs.VQ_F16, Finding(PROBLEM, "VQ-GAN", str(error), "--vq PATH")
+    if not path.is_dir():
+        what = "a checkpoint file" if path.is_file() else "on the hub"
+        return costs.VQ_F16, Finding(OK, "VQ-GAN", f"{name}: {what}, counted as f16 with 16 384 codes")
+    config = path / "config.json" if (path / "config.json").is_file() else path / "vqvae" / "config.json"
+    try:
+        facts = costs.vae_facts(json.loads(config.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return costs.VQ_F16, Finding(PROBLEM, "VQ-GAN", f"{name}: its config.json cannot be used ({error})")
+    size = f"{costs.vae_parameters(facts) / 1e6:.1f} M parameters"
+    return facts, Finding(OK, "VQ-GAN", f"{name}: {size}, {facts.codes} codes")
 
 
 def _vae(recipe: Recipe) -> tuple[Vae, Finding]:
@@ -595,10 +622,11 @@ def _data(recipe: Recipe) -> Finding:
 
 
 def _shapes(recipe: Recipe, backbone: Backbone, vae: Vae, ranks: int) -> Iterator[Finding]:
-    size, needed = recipe.image_size or backbone.image_size, 2 * vae.downscale
+    size = costs.target_size(recipe, backbone)
+    needed = vae.downscale * (2 if recipe.denoiser == "flow" else 1)  # FLUX's tokens are 2x2 patches of latents
     if size % needed:
-        todo = f"set --image_size to a multiple of {needed}, or choose another VAE"
-        yield Finding(PROBLEM, "image size", f"{size} px do not fit this VAE and the denoiser's 2x2 patches", todo)
+        todo = f"set --image_size or --target_size to a multiple of {needed}, or choose another target tokenizer"
+        yield Finding(PROBLEM, "image size", f"{size} px do not fit the target tokenizer and the denoiser", todo)
     micro = recipe.per_device_batch_size * ranks
     if recipe.global_batch_size % micro:
         found = f"{recipe.global_batch_size} images are not a multiple of {ranks} x {recipe.per_device_batch_size}"

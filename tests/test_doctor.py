@@ -87,6 +87,16 @@ def test_advice_lowers_the_batch_last() -> None:
     assert costs.memory(changed, 2, backbone, zero=costs.Zero(2), ranks=8).total < 10 * GIB
 
 
+def test_the_discrete_denoisers_tokenizer_is_counted(tmp_path: Path) -> None:
+    recipe = recipes.get_recipe("tiny-masked")
+    found = findings(recipe)
+    assert re.fullmatch(r"toyworld:vq: [\d.]+ M parameters, \d+ codes", found["VQ-GAN"].found)
+    assert not [f for f in found.values() if f.status == PROBLEM and f.what not in ("devices", "run folder")]
+    assert "target tokenizer" in findings(recipes.get_recipe("openai-l14-224-masked"))["memory stage 1"].found
+    assert "does not exist" in problems(recipes.get_recipe("openai-l14-224-masked"))["VQ-GAN"].found
+    assert "multiple of 4" in problems(recipes.override(recipe, {"target_size": 50}))["image size"].todo
+
+
 def test_gpus_with_something_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, gpu(80, capability=(7, 0)))
     assert "--precision fp32" in problems(PAPER)["GPU 0"].todo

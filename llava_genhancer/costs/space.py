@@ -92,7 +92,7 @@ def memory(
         "gradients": gradients,
         "optimizer": optimizer,
         "frozen weights": rest,
-        "VAE": vae_parameters(vae) * pixel,
+        "target tokenizer": vae_parameters(vae) * pixel,
         "activations": activations,
         "buffers": buffers,
         "context": (0.6 if cuda else 1.0) * GIB + 0.1 * activations,
