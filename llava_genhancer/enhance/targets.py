@@ -33,8 +33,14 @@ class Target(Protocol):
     def drop_decoder(self) -> None:
         """Free the half that only pictures need."""
 
+    def moments(self, images: Tensor) -> Tensor:
+        """All that the frozen encoder says of uint8 images (B, 3, H, W), before any chance (B, ...)."""
+
+    def draw(self, moments: Tensor) -> Tensor:
+        """What is rebuilt (B, ...), chance included."""
+
     def encode(self, images: Tensor) -> Tensor:
-        """uint8 images (B, 3, H, W) to what is rebuilt (B, ...)."""
+        """``draw(moments(images))``: uint8 images (B, 3, H, W) to what is rebuilt (B, ...)."""
 
     def decode(self, target: Tensor) -> Tensor:
         """The inverse: uint8 images (B, 3, H, W)."""
@@ -75,12 +81,23 @@ class VaeTarget:
         return image_size // self.downscale
 
     @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """uint8 images (B, 3, H, W) to the posterior's mean and log-variance, fp32 (B, 2 C, H/f, W/f), or its mean."""
+        pixels = (images.float() / 127.5 - 1).to(self.vae.dtype)
+        moments = self.vae.encode(pixels).latent_dist.parameters.float()
+        return moments if self.posterior == "sample" else moments[:, : self.channels]
+
+    def draw(self, moments: Tensor) -> Tensor:
+        """Moments to fp32 latents (B, C, H/f, W/f)."""
+        z = moments
+        if self.posterior == "sample":
+            mean, log_variance = moments.chunk(2, 1)
+            z = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * torch.randn(mean.shape, device=mean.device)
+        return (z - self.shift) * self.scale
+
     def encode(self, images: Tensor) -> Tensor:
         """uint8 images (B, 3, H, W) to fp32 latents (B, C, H/f, W/f)."""
-        pixels = (images.float() / 127.5 - 1).to(self.vae.dtype)
-        distribution = self.vae.encode(pixels).latent_dist
-        z = distribution.sample() if self.posterior == "sample" else distribution.mode()
-        return (z.float() - self.shift) * self.scale
+        return self.draw(self.moments(images))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

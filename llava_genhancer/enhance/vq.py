@@ -64,8 +64,16 @@ class VqTarget:
             raise InputError(f"image_size={image_size} is not a multiple of {self.downscale}, which this VQ-GAN needs")
         return image_size // self.downscale
 
-    @torch.no_grad()
+    def draw(self, moments: Tensor) -> Tensor:
+        """Token ids as they are: no chance in them."""
+        return moments
+
     def encode(self, images: Tensor) -> Tensor:
+        """:meth:`moments`."""
+        return self.moments(images)
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
         """uint8 images (B, 3, H, W) to token ids (B, N), long, in [0, V), row by row."""
         pixels = (images.float() / 127.5 - 1).to(self.vq.dtype)
         encoded = self.vq.encode(pixels).latents.float().flatten(2).mT  # (B, N, E)
