@@ -114,14 +114,14 @@ def _from_open_clip(source: OpenClipSource, output_dir: Path, to: str, like: str
             _write_companions(Path(folder), source, config, like)
             marker = {"source": source.name, **_facts(source.weights, "open_clip", difference)}
             return save_tower(target.to(dtype), output_dir, source=folder, marker=marker)
-    with _staging(output_dir) as staging:
+    with staging(output_dir) as folder:
         if to == "openai":
-            _write_openai(staging, source.model_cfg, open_clip.own_state(model), dtype)
+            _write_openai(folder, source.model_cfg, open_clip.own_state(model), dtype)
         else:
-            open_clip.write_folder(staging, source.model_cfg, source.preprocess_cfg, open_clip.own_state(model), dtype)
+            open_clip.write_folder(folder, source.model_cfg, source.preprocess_cfg, open_clip.own_state(model), dtype)
             if source.tokenizer:
-                copy_tokenizer([source.tokenizer], staging)
-        _finish(staging, source.name, source.weights, "open_clip", 0.0)
+                copy_tokenizer([source.tokenizer], folder)
+        _finish(folder, source.name, source.weights, "open_clip", 0.0)
     return output_dir
 
 
@@ -146,18 +146,18 @@ def _from_hf(source: str, given: str, output_dir: Path, to: str, like: str | Non
             *(" and ".join(_activations(c)) for c in (hf_config(model_cfg), model.config)),
             difference,
         )
-    with _staging(output_dir) as staging:
+    with staging(output_dir) as folder:
         if to == "openai":
-            _write_openai(staging, model_cfg, state, dtype)
+            _write_openai(folder, model_cfg, state, dtype)
         else:
-            tokens = copy_tokenizer([given, like], staging)
+            tokens = copy_tokenizer([given, like], folder)
             if model.config.text_config.vocab_size != CLIP_VOCABULARY:
                 if not tokens:
                     raise InputError(f"{source} has no tokenizer to go with it: add --like and the original's name")
                 model_cfg["text_cfg"]["hf_tokenizer_name"] = "."  # open_clip then reads the folder's own
             preprocess = read_preprocess(given if hf.has_processor(given) else like or given)
-            open_clip.write_folder(staging, model_cfg, preprocess, state, dtype)
-        _finish(staging, source, file, "hf", difference)
+            open_clip.write_folder(folder, model_cfg, preprocess, state, dtype)
+        _finish(folder, source, file, "hf", difference)
     return output_dir
 
 
@@ -239,19 +239,19 @@ def _write_openai(folder: Path, model_cfg: ModelCfg, state: dict[str, Tensor], d
 
 
 @contextlib.contextmanager
-def _staging(output_dir: Path) -> Iterator[Path]:
+def staging(output_dir: Path) -> Iterator[Path]:
     """A folder beside ``output_dir`` that takes its place when all went well."""
-    staging = output_dir.with_name(f".{output_dir.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
+    partial = output_dir.with_name(f".{output_dir.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        staging.mkdir(parents=True)
-        yield staging
+        partial.mkdir(parents=True)
+        yield partial
         shutil.rmtree(output_dir, ignore_errors=True)
-        os.replace(staging, output_dir)
+        os.replace(partial, output_dir)
     except OSError as error:
         raise InputError(f"{output_dir} cannot be written: {error.strerror or error}") from None
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _finish(folder: Path, source: str, file: Path | None, layout: str, difference: float, **facts: Any) -> None:

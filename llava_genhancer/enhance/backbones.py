@@ -17,10 +17,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from llava_genhancer.convert.open_clip import is_open_clip, load_model, read_config, read_folder
 from llava_genhancer.errors import InputError, reason
 from llava_genhancer.recipes import Recipe
 from llava_genhancer.toyworld.paths import resolve
 
+OPEN_CLIP = "open_clip"  # the model_type of what is enhanced in open_clip's own format
 FULL_MODELS = {"clip": "CLIPModel", "siglip": "SiglipModel", "siglip2": "Siglip2Model"}
 
 
@@ -35,28 +37,34 @@ class VisionBackbone(nn.Module):
         self, model: nn.Module, image_mean: list[float], image_std: list[float], image_size: int | None = None
     ):
         super().__init__()
-        config: Any = model.config  # not kept as self.config: peft would take this for a transformers model
-        vision = config.vision_config
-        self.model_type: str = config.model_type
-        self.vision_model: nn.Module = model.get_submodule("vision_model")
-        self.visual_projection: nn.Module | None = getattr(model, "visual_projection", None)
-        # Present only for lora_scope="all"; no loss reaches it.
-        self.text_model: nn.Module | None = None
-        self.text_projection: nn.Module | None = None
-        if self.model_type == "siglip2":  # NaFlex: the config counts patches, not pixels
-            native = int(vision.num_patches**0.5) * vision.patch_size
-        else:
-            native = vision.image_size
-        self.patch_size: int = vision.patch_size
+        self.bypassed: list[str] = []  # names of linear layers that the model never calls
+        native = self._adopt(model)
         self.image_size: int = image_size or native
         self.resized: bool = self.image_size != native
         if self.image_size % self.patch_size:
             raise InputError(
                 f"image_size={self.image_size} is not a multiple of the backbone's patch, {self.patch_size}"
             )
-        self.token_dim: int = config.projection_dim if self.visual_projection is not None else vision.hidden_size
         self.image_mean = tuple(image_mean)
         self.image_std = tuple(image_std)
+
+    def _adopt(self, model: nn.Module) -> int:
+        """Keep the vision half of ``model``; returns the side of the images that it was made for."""
+        config: Any = model.config  # not kept as self.config: peft would take this for a transformers model
+        vision = config.vision_config
+        self.model_type: str = config.model_type
+        self.vision_model: nn.Module = model.get_submodule("vision_model")
+        self.visual_projection: nn.Module | None = getattr(model, "visual_projection", None)
+        self.patch_size: int = vision.patch_size
+        self.token_dim: int = config.projection_dim if self.visual_projection is not None else vision.hidden_size
+        if self.model_type == "siglip2":  # NaFlex: the config counts patches, not pixels
+            return int(vision.num_patches**0.5) * vision.patch_size
+        return vision.image_size
+
+    def keep_text(self, model: nn.Module) -> None:
+        """Keep the text half too, for ``lora_scope="all"``; no loss reaches it."""
+        self.text_model = model.get_submodule("text_model")
+        self.text_projection = getattr(model, "text_projection", None)
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 images (B, 3, H, W) as this backbone's ``pixel_values``, fp32 (B, 3, H, W)."""
@@ -110,6 +118,10 @@ def check_backbone(name: str) -> str:
     from transformers import AutoConfig
 
     path = locate(name)
+    if is_open_clip(path):
+        from llava_genhancer.enhance.eva import check_open_clip
+
+        return check_open_clip(name, path)
     looks_local = path.startswith((".", "/")) or Path(path).exists()
     if looks_local and not (Path(path) / "config.json").is_file():
         raise InputError(f"backbone {name}: no config.json there; give the folder of a CLIPModel or SiglipModel")
@@ -138,6 +150,8 @@ def load_full_model(name: str) -> nn.Module:
 
     model_type = check_backbone(name)
     path = locate(name)
+    if model_type == OPEN_CLIP:
+        return load_model(read_folder(path))
     try:
         model, info = getattr(transformers, FULL_MODELS[model_type]).from_pretrained(
             path, dtype=torch.float32, output_loading_info=True, use_safetensors=_safetensors_or_any(path)
@@ -166,6 +180,9 @@ def load_image_statistics(name: str) -> tuple[list[float], list[float]]:
     """
     from transformers import AutoImageProcessor
 
+    if is_open_clip(locate(name)):
+        preprocess = read_config(locate(name))[1]
+        return list(preprocess["mean"]), list(preprocess["std"])
     try:
         processor = AutoImageProcessor.from_pretrained(locate(name))
     except (OSError, ValueError, ImportError) as error:
@@ -175,13 +192,21 @@ def load_image_statistics(name: str) -> tuple[list[float], list[float]]:
     return list(processor.image_mean), list(processor.image_std)
 
 
+def vision_half(model: nn.Module, recipe: Recipe) -> VisionBackbone:
+    """The half of a whole model that is enhanced; it shares the model's weights."""
+    from llava_genhancer.enhance.eva import OpenClipBackbone
+
+    mean, std = load_image_statistics(recipe.backbone)
+    kind = VisionBackbone if hasattr(model, "config") else OpenClipBackbone
+    backbone = kind(model, mean, std, image_size=recipe.image_size)
+    if recipe.lora_scope == "all":
+        backbone.keep_text(model)
+    return backbone
+
+
 def load_backbone(recipe: Recipe) -> VisionBackbone:
     """The recipe's vision half in fp32 on the CPU, without LoRA, everything frozen."""
-    model = load_full_model(recipe.backbone)
-    backbone = VisionBackbone(model, *load_image_statistics(recipe.backbone), image_size=recipe.image_size)
-    if recipe.lora_scope == "all":
-        backbone.text_model = model.get_submodule("text_model")
-        backbone.text_projection = getattr(model, "text_projection", None)
+    backbone = vision_half(load_full_model(recipe.backbone), recipe)
     # OpenAI's 336 px checkpoint holds transposed, non-contiguous projections, which DeepSpeed refuses.
     for parameter in backbone.parameters():
         parameter.data = parameter.data.contiguous()
@@ -189,16 +214,16 @@ def load_backbone(recipe: Recipe) -> VisionBackbone:
 
 
 def linear_layers(backbone: VisionBackbone) -> list[str]:
-    """Names of the linear layers that LoRA may adapt: all of them but those inside ``nn.MultiheadAttention``.
+    """Names of the linear layers that LoRA may adapt: all of them but those whose weight is read past them.
 
-    Torch's attention reads ``out_proj.weight`` directly and would never call an adapter put there (SigLIP's pooling
-    head has one).
+    Torch's ``nn.MultiheadAttention`` reads ``out_proj.weight`` directly and would never call an adapter put there
+    (SigLIP's pooling head has one); so do some of timm's attentions with their ``qkv``.
     """
     fused = tuple(f"{n}." for n, m in backbone.named_modules() if isinstance(m, nn.MultiheadAttention))
     return [
         name
         for name, module in backbone.named_modules()
-        if isinstance(module, nn.Linear) and not (fused and name.startswith(fused))
+        if isinstance(module, nn.Linear) and name not in backbone.bypassed and not (fused and name.startswith(fused))
     ]
 
 
@@ -220,7 +245,7 @@ def trainable_backbone_names(backbone: VisionBackbone, recipe: Recipe) -> Iterat
     """Names of the backbone parameters that learn when the backbone learns."""
     for name, _ in backbone.named_parameters():
         if recipe.lora_rank == 0:
-            if not name.startswith("text_"):
+            if not name.startswith(("text_", "text.")):
                 yield name
         elif (
             ".lora_A." in name

@@ -12,16 +12,18 @@ import torch
 from torch import nn
 
 from llava_genhancer import run
+from llava_genhancer.convert.open_clip import is_open_clip
 from llava_genhancer.engine import load_trained
 from llava_genhancer.enhance.backbones import (
     VisionBackbone,
     add_lora,
     load_full_model,
-    load_image_statistics,
     locate,
     merged_state,
     trainable_backbone_names,
+    vision_half,
 )
+from llava_genhancer.enhance.eva import save_open_clip, verify_open_clip
 from llava_genhancer.enhance.stages import STAGES, WEIGHTS, stage_recipe
 from llava_genhancer.errors import InputError
 from llava_genhancer.recipes import Recipe, to_dict
@@ -31,7 +33,9 @@ log = logging.getLogger(__name__)
 TOLERANCE = 1e-4  # largest allowed |merged - LoRA-wrapped| global token, relative to the largest token entry
 
 
-def export_tower(run_dir: Path, output_dir: Path, recipe: Recipe, *, step: int | None = None) -> Path:
+def export_tower(
+    run_dir: Path, output_dir: Path, recipe: Recipe, *, step: int | None = None, overwrite: bool = False
+) -> Path:
     """Merge a run's update into the original model and write it as a tower folder.
 
     Args:
@@ -39,12 +43,13 @@ def export_tower(run_dir: Path, output_dir: Path, recipe: Recipe, *, step: int |
         output_dir: where the tower goes; one that is already there for the same weights and scale is left alone.
         recipe: gives ``lora_scale`` (0 = original, 1 = enhanced) and ``merge_dtype``.
         step: a snapshot of the last stage that trained the backbone, instead of its end.
+        overwrite: replace a tower of other weights or scale; the run's own ``tower/`` always follows its run.
 
     Returns:
         ``output_dir``.
 
     Raises:
-        InputError: stages unfinished, no such snapshot, or the written folder fails its check.
+        InputError: stages unfinished, no such snapshot, another tower there, or the written folder fails its check.
     """
     files = weight_files(run_dir, recipe, step)
     marker = {
@@ -58,14 +63,17 @@ def export_tower(run_dir: Path, output_dir: Path, recipe: Recipe, *, step: int |
     if _is_current(output_dir, marker):
         log.info("%s is up to date", output_dir)
         return output_dir
+    if not overwrite and output_dir.resolve() != (run_dir / "tower").resolve() and (output_dir / MARKER).exists():
+        _refuse_another(output_dir, marker)
     full = load_full_model(recipe.backbone)
     wrapped = _wrapped(full, recipe, files)
     log.info("%d weights changed", len(merge(wrapped, full, recipe)))
     if recipe.lora_scale == 1 and recipe.merge_dtype == "float32":
         _check_merge(wrapped, full)
     del wrapped
-    save_tower(full, output_dir, source=locate(recipe.backbone), marker=marker)
-    verify_tower(output_dir)
+    save = save_tower if hasattr(full, "config") else save_open_clip
+    save(full, output_dir, source=locate(recipe.backbone), marker=marker)
+    _verify(output_dir)
     reloaded = load_full_model(str(output_dir)).state_dict()
     for name, value in full.state_dict().items():
         if not torch.equal(reloaded[name], value):
@@ -101,11 +109,7 @@ def weight_files(run_dir: Path, recipe: Recipe, step: int | None = None) -> list
 
 def _wrapped(full: nn.Module, recipe: Recipe, files: list[Path]) -> VisionBackbone:
     """A copy of the original's vision half that carries the trained adapters."""
-    backbone = VisionBackbone(full, *load_image_statistics(recipe.backbone), image_size=recipe.image_size)
-    if recipe.lora_scope == "all":
-        backbone.text_model = full.get_submodule("text_model")
-        backbone.text_projection = getattr(full, "text_projection", None)
-    backbone = deepcopy(backbone)
+    backbone = deepcopy(vision_half(full, recipe))
     if files and recipe.lora_rank > 0:
         add_lora(backbone, recipe)
     learned = {f"backbone.{name}" for name in trainable_backbone_names(backbone, recipe)}
@@ -139,7 +143,7 @@ def merge(wrapped: VisionBackbone, full: nn.Module, recipe: Recipe) -> set[str]:
 @torch.no_grad()
 def _check_merge(wrapped: VisionBackbone, full: nn.Module) -> None:
     """The merged weights must give what the LoRA-wrapped model gives."""
-    merged = VisionBackbone(full, list(wrapped.image_mean), list(wrapped.image_std), wrapped.image_size).eval()
+    merged = type(wrapped)(full, list(wrapped.image_mean), list(wrapped.image_std), wrapped.image_size).eval()
     pixels = torch.randn(2, 3, wrapped.image_size, wrapped.image_size, generator=torch.Generator().manual_seed(0))
     expected, got = wrapped(pixels), merged(pixels)
     error = float((expected - got).abs().max() / expected.abs().max())
@@ -147,14 +151,32 @@ def _check_merge(wrapped: VisionBackbone, full: nn.Module) -> None:
         raise InputError(f"the merged tower differs from the LoRA-wrapped one by {error:.1e} (allowed {TOLERANCE:.0e})")
 
 
+def _verify(output_dir: Path) -> dict[str, Any]:
+    """The marker of a tower in either format, its files checked."""
+    return (verify_open_clip if is_open_clip(str(output_dir)) else verify_tower)(output_dir)
+
+
 def _is_current(output_dir: Path, marker: dict[str, Any]) -> bool:
     if not (output_dir / MARKER).exists():
         return False
     try:
-        there = verify_tower(output_dir)
+        there = _verify(output_dir)
     except InputError:
         return False
+    return _same(there, marker)
+
+
+def _same(there: dict[str, Any], marker: dict[str, Any]) -> bool:
     return all(there.get(k) == marker[k] for k in ("source", "lora_scale", "merge_dtype", "step", "trained"))
+
+
+def _refuse_another(output_dir: Path, marker: dict[str, Any]) -> None:
+    there = read_marker(output_dir)
+    if not _same(there, marker):  # else it is only damaged
+        raise InputError(
+            f"{output_dir} holds another tower ({there.get('source')}, lora_scale {there.get('lora_scale')}, step "
+            f"{there.get('step')}): choose another --output_dir, or add --overwrite"
+        )
 
 
 def write_card(tower_dir: Path, run_dir: Path) -> None:
@@ -173,9 +195,13 @@ def write_card(tower_dir: Path, run_dir: Path) -> None:
     base = recipe["backbone"]
     tags = "" if base.startswith(("toyworld:", "/", ".")) else f"base_model: {base}\n"
     measured = _measured(run_dir)
+    library = "transformers"
+    use = '`--vision_tower <this folder>` in LLaVA and its forks, or `AutoModel.from_pretrained("<this folder>")`.'
+    if is_open_clip(str(tower_dir)):
+        library, use = "open_clip", '`open_clip.create_model_from_pretrained("local-dir:<this folder>")`.'
     snapshot = "" if step is None else f" from the snapshot of step {step}"
     text = f"""---
-library_name: transformers
+library_name: {library}
 pipeline_tag: zero-shot-image-classification
 {tags}tags: [clip, genhancer, llava]
 ---
@@ -199,7 +225,7 @@ Vision-only tuning moves the image side of a two-tower model: measure zero-shot 
 
 ## Use
 
-`--vision_tower <this folder>` in LLaVA and its forks, or `AutoModel.from_pretrained("<this folder>")`.
+{use}
 The weights' SHA-256 are in `{MARKER}`, with the whole recipe.
 """
     run.write_text(tower_dir / "README.md", text)
