@@ -214,7 +214,12 @@ def _siglip_config(model_cfg: ModelCfg, model: Any, text_config: dict[str, Any])
     side, other = model.visual.image_size
     _hold(side == other, "its images are not square")
     return SiglipConfig(
-        text_config={**text_config, "projection_size": text.text_projection.out_features},
+        text_config={
+            **text_config,
+            "projection_size": text.text_projection.out_features,
+            "bos_token_id": None,
+            "eos_token_id": 1,
+        },
         vision_config={
             "image_size": side,
             "patch_size": trunk.patch_embed.patch_size[0],

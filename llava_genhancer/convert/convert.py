@@ -7,9 +7,10 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,19 +49,21 @@ def convert(
     activation: str | None = None,
     head_width: int | None = None,
     dtype: str = "float32",
+    facts: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Write ``source`` in another format.
 
     Args:
         source: a weight file (``.pt``, ``.pth``, ``.bin``, ``.safetensors``) in OpenAI's or open_clip's layout; a
             folder or hub id in open_clip's or transformers' format; or one inside a hub repository
-            (``owner/name/folder``).
+            (``hf://owner/name/folder``).
         output_dir: a new folder, or one of ours to write again.
         to: "hf" (a tower for training, evaluation and LLaVA), "open_clip" or "openai" (one ``.pt`` file).
         like: a model of the same architecture that says what ``source`` lacks: a folder or hub id in transformers' or
             open_clip's format (also its tokenizer and image processor), or the name of one of open_clip's models.
         activation: "quick_gelu" or "gelu", where neither the weights nor ``like`` say.
         head_width: width of a head of the vision tower, where it is unusual.
+        facts: more for the marker file.
         dtype: of the weights; float32 holds every format exactly. OpenAI's own files are float16.
 
     Returns:
@@ -81,12 +84,12 @@ def convert(
     like = hf.local(os.path.expanduser(like)) if like else None
     quick = None if activation is None else activation == "quick_gelu"
     if hf.is_hf(given):
-        return _from_hf(source, given, output_dir, to, like, getattr(torch, dtype))
+        return _from_hf(source, given, output_dir, to, like, getattr(torch, dtype), facts)
     if Path(given).suffix in SUFFIXES:
         loaded = _read_file(Path(given), like, quick, head_width)
     else:
         loaded = open_clip.read_folder(given)
-    return _from_open_clip(replace(loaded, name=source), output_dir, to, like, getattr(torch, dtype))
+    return _from_open_clip(replace(loaded, name=source), output_dir, to, like, getattr(torch, dtype), facts)
 
 
 def _read_file(path: Path, like: str | None, quick: bool | None, head_width: int | None) -> OpenClipSource:
@@ -101,7 +104,9 @@ def _read_file(path: Path, like: str | None, quick: bool | None, head_width: int
     return open_clip.OpenClipSource(str(path), model_cfg, read_preprocess(like), read_state(path)[0], path, like)
 
 
-def _from_open_clip(source: OpenClipSource, output_dir: Path, to: str, like: str | None, dtype: torch.dtype) -> Path:
+def _from_open_clip(
+    source: OpenClipSource, output_dir: Path, to: str, like: str | None, dtype: torch.dtype, facts: Mapping[str, str]
+) -> Path:
     model = open_clip.load_model(source)
     if to == "hf":
         config = hf_config(source.model_cfg)
@@ -112,7 +117,7 @@ def _from_open_clip(source: OpenClipSource, output_dir: Path, to: str, like: str
         difference = _check(compare(model, target, config))
         with tempfile.TemporaryDirectory() as folder:
             _write_companions(Path(folder), source, config, like)
-            marker = {"source": source.name, **_facts(source.weights, "open_clip", difference)}
+            marker = {"source": source.name, **facts, **_facts(source.weights, "open_clip", difference)}
             return save_tower(target.to(dtype), output_dir, source=folder, marker=marker)
     with staging(output_dir) as folder:
         if to == "openai":
@@ -121,16 +126,18 @@ def _from_open_clip(source: OpenClipSource, output_dir: Path, to: str, like: str
             open_clip.write_folder(folder, source.model_cfg, source.preprocess_cfg, open_clip.own_state(model), dtype)
             if source.tokenizer:
                 copy_tokenizer([source.tokenizer], folder)
-        _finish(folder, source.name, source.weights, "open_clip", 0.0)
+        _finish(folder, to, source.name, source.weights, "open_clip", 0.0, facts)
     return output_dir
 
 
-def _from_hf(source: str, given: str, output_dir: Path, to: str, like: str | None, dtype: torch.dtype) -> Path:
+def _from_hf(
+    source: str, given: str, output_dir: Path, to: str, like: str | None, dtype: torch.dtype, facts: Mapping[str, str]
+) -> Path:
     model, file = hf.load(given)
     if to == "hf":
         with tempfile.TemporaryDirectory() as folder:
             hf.gather_companions(given, like, Path(folder))
-            marker = {"source": source, **_facts(file, "hf", 0.0)}
+            marker = {"source": source, **facts, **_facts(file, "hf", 0.0)}
             return save_tower(model.to(dtype), output_dir, source=folder, marker=marker)
     model_cfg = model_cfg_of(model.config)
     target = build_open_clip(model_cfg)
@@ -157,7 +164,7 @@ def _from_hf(source: str, given: str, output_dir: Path, to: str, like: str | Non
                 model_cfg["text_cfg"]["hf_tokenizer_name"] = "."  # open_clip then reads the folder's own
             preprocess = read_preprocess(given if hf.has_processor(given) else like or given)
             open_clip.write_folder(folder, model_cfg, preprocess, state, dtype)
-        _finish(folder, source, file, "hf", difference)
+        _finish(folder, to, source, file, "hf", difference, facts)
     return output_dir
 
 
@@ -174,7 +181,9 @@ def compare(one: nn.Module, other: nn.Module, config: Any) -> float:
     pixels = torch.randn(2, 3, side, side, generator=generator)
     tokens = torch.randint(0, text.vocab_size - 2, (2, text.max_position_embeddings), generator=generator)
     # CLIP reads its text where it ends; id 2 is how older configs write the last of the vocabulary.
-    tokens[:, -1] = text.vocab_size - 1 if text.eos_token_id in (None, 2) else text.eos_token_id
+    tokens[:, -1] = (
+        text.vocab_size - 1 if config.model_type == "siglip" or text.eos_token_id == 2 else text.eos_token_id
+    )
     pairs = zip(hf.embeddings(one, pixels, tokens), hf.embeddings(other, pixels, tokens), strict=True)
     return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
 
@@ -254,7 +263,9 @@ def staging(output_dir: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _finish(folder: Path, source: str, file: Path | None, layout: str, difference: float, **facts: Any) -> None:
+def _finish(
+    folder: Path, to: str, source: str, file: Path | None, layout: str, difference: float, facts: Mapping[str, str]
+) -> None:
     weights = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.suffix in SUFFIXES}
-    marker = {"format": 1, "source": source, **facts, **_facts(file, layout, difference), "weights": weights}
-    write_json(folder / MARKER, marker)
+    marker = {"format": 1, "model_type": to, "source": source, **facts, **_facts(file, layout, difference)}
+    write_json(folder / MARKER, {**marker, "weights": weights})

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from llava_genhancer.convert.checkpoints import SUFFIXES
 from llava_genhancer.convert.companions import copy_tokenizer
 from llava_genhancer.errors import InputError, reason
 from llava_genhancer.tower.export import PROCESSOR_FILES, find_file
@@ -19,35 +20,35 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def local(name: str) -> str:
-    """A path or hub id as transformers takes it; a folder or file *inside* a hub repository is fetched.
+    """A path or hub id as it is; of ``hf://owner/name/PATH``, a folder or file inside a hub repository, the local copy.
 
     Raises:
         InputError: the hub does not have it, or cannot be reached.
     """
-    parts = name.split("/")
-    if Path(name).exists() or name.startswith((".", "/", "~")) or len(parts) < 3:
+    if not name.startswith("hf://"):
         return name
+    owner, repository, *inside = name.removeprefix("hf://").split("/")
+    repository, path = f"{owner}/{repository}", "/".join(inside)
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
     try:
-        if Path(inside).suffix in (".pt", ".pth", ".bin", ".safetensors"):
-            return str(hf_hub_download(repository, inside))
-        folder = Path(snapshot_download(repository, allow_patterns=f"{inside}/*")) / inside
+        if Path(path).suffix in SUFFIXES:
+            return str(hf_hub_download(repository, path))
+        folder = Path(snapshot_download(repository, allow_patterns=f"{path}/*")) / path
     except Exception as error:  # the hub's client and its transport have exceptions of their own
         raise InputError(
-            f"{name} is not a path here, and the hub did not give it ({reason(error)}): download {inside} of "
-            f"{repository} and give its path"
+            f"{name} cannot be fetched ({reason(error)}): download {path} of {repository} and give its path to "
+            "`llava-genhancer convert`"
         ) from None
     if not folder.is_dir():
-        raise InputError(f"the hub's {repository} has no folder {inside}")
+        raise InputError(f"the hub's {repository} has no folder {path}")
     return str(folder)
 
 
 def is_hf(name: str) -> bool:
     """Whether a local folder, or a hub id, is in transformers' format (``config.json`` with a ``model_type``)."""
     path = Path(name)
-    if path.is_file() or path.suffix in (".pt", ".pth") or (not path.exists() and name.startswith((".", "/"))):
+    if path.is_file() or path.suffix in SUFFIXES or (not path.exists() and name.startswith((".", "/"))):
         return False
     if not path.exists() and name.count("/") != 1:
         return False

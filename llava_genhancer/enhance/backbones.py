@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from llava_genhancer.convert.open_clip import is_open_clip, load_model, read_config, read_folder
+from llava_genhancer.convert.released import tower_folder
 from llava_genhancer.errors import InputError, reason
 from llava_genhancer.recipes import Recipe
 from llava_genhancer.toyworld.paths import resolve
@@ -105,8 +106,8 @@ class VisionBackbone(nn.Module):
 
 
 def locate(name: str) -> str:
-    """A backbone's folder or hub id as transformers takes it: toy-world names and ``~`` written out."""
-    return os.path.expanduser(resolve(name))
+    """A backbone's folder or hub id: toy-world names and ``~`` written out, released weights and files converted."""
+    return tower_folder(os.path.expanduser(resolve(name)))
 
 
 def check_backbone(name: str) -> str:

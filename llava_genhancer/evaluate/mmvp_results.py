@@ -65,6 +65,7 @@ class MmvpResult:
         label: short name for tables and figures.
         recipe: the recipe that made the tower; None for an original one.
         backbone: recipe name of its backbone in the paper's Table 1, if it is one of those.
+        method: whose released weights they are; None for all others.
     """
 
     tower: str
@@ -73,6 +74,7 @@ class MmvpResult:
     pairs: tuple[PairResult, ...]
     recipe: str | None = None
     backbone: str | None = None
+    method: paper.Method | None = None
     weights: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
 
@@ -97,8 +99,10 @@ class MmvpResult:
 
     @property
     def paper(self) -> paper.Table1Row | None:
-        """Table 1's row beside this tower: "original", or "genhancer" for a tower that one of our recipes made."""
-        return paper.table1(self.backbone, "genhancer" if self.recipe else "original") if self.backbone else None
+        """Table 1's row beside this tower: its method's, "genhancer" for a tower that one of our recipes made, or
+        "original"."""
+        method = self.method or ("genhancer" if self.recipe else "original")
+        return paper.table1(self.backbone, method) if self.backbone else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON; per-pair answers are kept, so that every figure can be computed again."""
@@ -113,6 +117,7 @@ class MmvpResult:
             "model_type": self.model_type,
             "recipe": self.recipe,
             "backbone": self.backbone,
+            "method": self.method,
             "weights": self.weights,
             "device": self.device,
             "average": rounded(self.average),
@@ -136,7 +141,7 @@ class MmvpResult:
                 for (a, b), (p, q), (x, y) in ((d["ids"], d["probability"], d["correct"]) for d in values["pairs"])
             )
             names = ("tower", "label", "model_type", "recipe", "backbone", "weights", "device")
-            result = cls(pairs=pairs, **{name: values[name] for name in names})
+            result = cls(pairs=pairs, method=values.get("method"), **{name: values[name] for name in names})
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"not an MMVP-VLM result ({type(error).__name__}: {error}): run mmvp-vlm again") from None
         if len(pairs) != PAIRS:

@@ -99,6 +99,7 @@ def evaluate_tower(
         pairs=tuple(results),
         recipe=tower.recipe,
         backbone=tower.backbone.recipe if tower.backbone else None,
+        method=tower.method,
         weights=tower.weights,
         device=str(tower.device),
     )

@@ -17,8 +17,10 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from llava_genhancer.convert.open_clip import is_open_clip
+from llava_genhancer.convert.released import tower_folder
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate.paper import Backbone, find_backbone
+from llava_genhancer.evaluate.paper import Backbone, Method, find_backbone
 from llava_genhancer.run import sha256
 from llava_genhancer.tower.export import is_tower, read_marker
 
@@ -35,6 +37,7 @@ class Tower:
         name: what the user gave: folder or hub id.
         model: in eval mode, fp32, on its device.
         recipe: the recipe that made it, from our marker file; None for any other model.
+        method: whose released weights these are ("genhancer", "diva"); None for all others.
         backbone: its row in the paper's Table 1, if it is one of the six or made from one.
         weights: SHA-256 by file name.
     """
@@ -47,6 +50,7 @@ class Tower:
     max_length: int
     device: torch.device
     recipe: str | None = None
+    method: Method | None = None
     backbone: Backbone | None = None
     weights: dict[str, str] = field(default_factory=dict)
 
@@ -99,12 +103,16 @@ def exact_fp32() -> Iterator[None]:
 
 
 def resolve_name(name: str) -> str:
-    """A folder or hub id for what a user may write: ``~``, or ``toyworld:...`` for the embedded models."""
+    """A folder or hub id for what a user may write.
+
+    That is ``~``, ``toyworld:...`` for the embedded models, and what :func:`tower_folder` knows: others' released
+    weights by name, a weight file.
+    """
     if name.startswith("toyworld:"):
         from llava_genhancer.toyworld.paths import resolve
 
         return str(resolve(name))
-    return str(Path(name).expanduser()) if name.startswith("~") else name
+    return tower_folder(str(Path(name).expanduser()) if name.startswith("~") else name)
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -134,6 +142,10 @@ def load_tower(name: str, device: str | torch.device | None = None) -> Tower:
 
     chosen = choose_device(device)
     path = resolve_name(name)
+    if is_open_clip(path):
+        from llava_genhancer.evaluate.open_clip_tower import load_open_clip_tower
+
+        return load_open_clip_tower(name, path, chosen)
     config = _config(name, path)
     tokenizer, image_processor = _tokenizer(name, path), _image_processor(name, path)
     text = config.text_config
@@ -157,13 +169,7 @@ def load_tower(name: str, device: str | torch.device | None = None) -> Tower:
     model = model.eval().requires_grad_(False).to(chosen)
 
     folder = _folder(path)
-    marker = read_marker(folder) if is_tower(folder) else {}
-    recipe = _recipe(marker)
-    named = [name, path, getattr(config, "_name_or_path", ""), marker.get("source"), recipe]
-    backbone = find_backbone(n for n in named if isinstance(n, str))
-    vision_size = getattr(config.vision_config, "image_size", None)
-    if backbone is not None and vision_size != backbone.image_size:
-        backbone = None  # called like one of Table 1's, but it is another model
+    names = [name, path, getattr(config, "_name_or_path", "")]
     return Tower(
         name=name,
         model_type=config.model_type,
@@ -172,10 +178,20 @@ def load_tower(name: str, device: str | torch.device | None = None) -> Tower:
         image_processor=image_processor,
         max_length=max_length,
         device=chosen,
-        recipe=recipe,
-        backbone=backbone,
         weights=_weights(folder),
+        **marker_facts(folder, names, getattr(config.vision_config, "image_size", None)),
     )
+
+
+def marker_facts(folder: Path, names: list[str], image_size: int | None) -> dict[str, Any]:
+    """What made a tower, as :class:`Tower` keeps it, from its marker file and what it is called."""
+    marker = read_marker(folder) if is_tower(folder) else {}
+    recipe = _recipe(marker)
+    named = [*names, marker.get("source"), marker.get("backbone"), recipe]
+    backbone = find_backbone(n for n in named if isinstance(n, str))
+    if backbone is not None and image_size != backbone.image_size:
+        backbone = None  # called like one of Table 1's, but it is another model
+    return {"recipe": recipe, "method": marker.get("method"), "backbone": backbone}
 
 
 def _first_line(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import LlavaConfig
 
+from llava_genhancer.convert.released import tower_folder
 from llava_genhancer.errors import InputError
 from llava_genhancer.llava.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_genhancer.llava.recipes import LlavaRecipe
@@ -220,9 +221,10 @@ def read_config(name: str, what: str) -> Any:
 
 
 def local(name: str) -> str:
-    """A folder's path, or a hub id unchanged."""
-    path = Path(resolve(name)).expanduser()
-    return str(path) if path.exists() or name.startswith(("~", "/", ".")) else resolve(name)
+    """A folder's path, or a hub id unchanged; others' released towers and weight files as :func:`tower_folder`."""
+    name = tower_folder(resolve(name))
+    path = Path(name).expanduser()
+    return str(path) if path.exists() or name.startswith(("~", "/", ".")) else name
 
 
 def choose_attention(recipe: LlavaRecipe) -> str:

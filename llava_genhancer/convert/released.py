@@ -1,0 +1,91 @@
+"""Enhanced weights that others have released, by name; and any weight file as a tower, converted once and kept.
+
+Names and files are those of the authors' own READMEs (mashijie1028/GenHancer, baaivision/DIVA). DCR's are on a
+file-sharing site (boyuh/DCR): download a folder and give its path to ``convert`` with ``--like``.
+
+DIVA's OpenAI scores are of the CLS plus the mean of 76 patches drawn at random; here, as for every tower, the CLS
+counts alone, so they do not compare.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from llava_genhancer.convert import hf
+from llava_genhancer.convert.checkpoints import SUFFIXES
+from llava_genhancer.convert.convert import convert
+from llava_genhancer.errors import InputError
+from llava_genhancer.tower.export import is_tower
+
+
+@dataclass(frozen=True)
+class Release:
+    """A hub repository's folder or file, and the original with what it lacks: architecture, processor, tokenizer."""
+
+    method: Literal["genhancer", "diva"]
+    path: str
+    like: str
+
+
+_GENHANCER = {
+    "openai-l14-224": ("OpenAICLIP", "openai/clip-vit-large-patch14"),
+    "openai-l14-336": ("OpenAICLIP", "openai/clip-vit-large-patch14-336"),
+    "metaclip-l14-224": ("MetaCLIP", "facebook/metaclip-l14-fullcc2.5b"),
+    "metaclip-h14-224": ("MetaCLIP", "facebook/metaclip-h14-fullcc2.5b"),
+    "siglip-so400m-224": ("SigLIP", "google/siglip-so400m-patch14-224"),
+    "siglip-so400m-384": ("SigLIP", "google/siglip-so400m-patch14-384"),
+}
+# DIVA's files are open_clip's; its name is enough where the tokenizer is CLIP's own.
+_DIVA = {
+    "openai-l14-224": ("OpenAICLIP/OpenAI-ViT-L-14-224", "ViT-L-14-quickgelu"),
+    "openai-l14-336": ("OpenAICLIP/OpenAI-ViT-L-14-336", "ViT-L-14-336-quickgelu"),
+    "metaclip-l14-224": ("MetaCLIP/MetaCLIP-ViT-L-14", "ViT-L-14-quickgelu"),
+    "metaclip-h14-224": ("MetaCLIP/MetaCLIP-ViT-H-14", "ViT-H-14-quickgelu"),
+    "siglip-so400m-224": ("SigLIP/SigLIP-ViT-SO-14-224", "google/siglip-so400m-patch14-224"),
+    "siglip-so400m-384": ("SigLIP/SigLIP-ViT-SO-14-384", "google/siglip-so400m-patch14-384"),
+    "dfn-h14-224": ("DFN/DFN-ViT-H-14-224", "ViT-H-14-quickgelu"),
+    "dfn-h14-378": ("DFN/DFN-ViT-H-14-378", "ViT-H-14-378-quickgelu"),
+}
+RELEASED: dict[str, Release] = {
+    **{
+        f"genhancer:{name}": Release("genhancer", f"hf://msj9817/GenHancer/{folder}/{like.split('/')[1]}", like)
+        for name, (folder, like) in _GENHANCER.items()
+    },
+    **{f"diva:{name}": Release("diva", f"hf://BAAI/DIVA/{file}.pth", like) for name, (file, like) in _DIVA.items()},
+}
+
+
+def tower_folder(name: str) -> str:
+    """A folder or hub id, as transformers or open_clip take it, for whatever a user may call a tower.
+
+    A name of :data:`RELEASED` is fetched and completed, a weight file converted, both once, into
+    ``$LLAVA_GENHANCER_CACHE/towers``; what is inside a hub repository
+    (``hf://owner/name/folder``) is fetched; other names stay.
+
+    Raises:
+        InputError: it cannot be fetched, or a weight file says too little (`convert` takes what it lacks).
+    """
+    if name.startswith(("genhancer:", "diva:")) and name not in RELEASED:
+        raise InputError(f"{name} is no released tower: choose {', '.join(RELEASED)}")
+    if name in RELEASED:
+        release = RELEASED[name]
+        folder = _cache() / name.replace(":", "-")
+        if not is_tower(folder):
+            facts = {"method": release.method, "backbone": name.split(":")[1]}
+            convert(release.path, folder, like=release.like, facts=facts)
+        return str(folder)
+    path = Path(name).expanduser()
+    if path.suffix in SUFFIXES and path.is_file():
+        stat = path.stat()
+        key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
+        folder = _cache() / f"{path.stem}-{key}"
+        return str(folder if is_tower(folder) else convert(str(path), folder))
+    return hf.local(name)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("LLAVA_GENHANCER_CACHE") or "~/.cache/llava_genhancer").expanduser() / "towers"
