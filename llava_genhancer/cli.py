@@ -149,6 +149,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output_dir", required=True, metavar="TOWER")
     sub.add_argument("--lora_scale", type=float, help="0 = original ... 1 = enhanced (default: the recipe's)")
     sub.add_argument("--step", type=int, help="a stage-2 snapshot instead of the end")
+    sub.add_argument("--overwrite", action="store_true", help="replace another tower in TOWER")
+
+    sub = verb("convert", _convert, "Convert a CLIP or SigLIP between transformers', open_clip's and OpenAI's formats.")
+    sub.add_argument(
+        "source", metavar="SOURCE", help=".pt, .pth, .bin or .safetensors file, folder, hub id or hf://..."
+    )
+    sub.add_argument("--output_dir", required=True, metavar="DIR")
+    sub.add_argument("--to", default="hf", help="hf (default), open_clip or openai")
+    sub.add_argument(
+        "--like", metavar="MODEL", help="a model of its kind that has what it lacks: folder, hub id, or name"
+    )
+    sub.add_argument("--activation", help="quick_gelu or gelu, where neither the weights nor --like say")
+    sub.add_argument("--head_width", type=int, help="of the vision tower's attention heads, where it is unusual")
+    sub.add_argument("--dtype", default="float32", help="float32 (default, exact), float16 or bfloat16")
 
     sub = verb("mmvp-vlm", _mmvp_vlm, "Measure towers on MMVP-VLM; the first is the one others are compared with.")
     sub.add_argument("towers", nargs="+", metavar="TOWER", help="folder or hub id of a CLIPModel or SiglipModel")
@@ -346,7 +360,24 @@ def _export(args: Any) -> None:
     recipe = recipe_of(args.run_dir)
     if args.lora_scale is not None:
         recipe = recipes.override(recipe, {"lora_scale": args.lora_scale})
-    print(f"done: {export_tower(Path(args.run_dir), Path(args.output_dir), recipe, step=args.step)}")
+    where = Path(args.output_dir)
+    tower = export_tower(Path(args.run_dir), where, recipe, step=args.step, overwrite=args.overwrite)
+    print(f"done: {tower}")
+
+
+def _convert(args: Any) -> None:
+    from llava_genhancer.convert.convert import convert
+
+    folder = convert(
+        args.source,
+        args.output_dir,
+        to=args.to,
+        like=args.like,
+        activation=args.activation,
+        head_width=args.head_width,
+        dtype=args.dtype,
+    )
+    print(f"done: {folder}")
 
 
 def _mmvp_vlm(args: Any) -> None:
