@@ -42,6 +42,27 @@ def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_vq(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random VQModel folder, f = 4, 32 codes of 6 channels."""
+    from diffusers import VQModel
+
+    folder = tmp_path_factory.mktemp("models") / "vq"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vq = VQModel(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 8, 16),
+            norm_num_groups=4,
+            latent_channels=6,
+            num_vq_embeddings=32,
+        )
+        torch.nn.init.normal_(vq.quantize.embedding.weight)
+        vq.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def images_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty small JPEGs of smooth random colour."""
     from PIL import Image
@@ -88,6 +109,16 @@ def tiny_fields(tiny_clip: Path, tiny_vae: Path, images_folder: Path) -> dict[st
         "stage2.log_steps": 2,
         "stage2.snapshot_steps": "4",
     }
+
+
+@pytest.fixture(scope="session")
+def masked_fields(tiny_fields: dict[str, object], tiny_vq: Path) -> dict[str, object]:
+    """The same run with the discrete denoiser."""
+    from llava_genhancer.recipes import READ_BY
+
+    unread = {name for name, readers in READ_BY.items() if "masked" not in readers}
+    fields = {name: value for name, value in tiny_fields.items() if name not in unread}
+    return {**fields, "denoiser": "masked", "condition_into": "txt", "vq": str(tiny_vq)}
 
 
 @pytest.fixture(scope="session")

@@ -49,33 +49,9 @@ def tiny_target(tiny_vae: Path) -> VaeTarget:
 
 
 @pytest.fixture(scope="session")
-def tiny_vq(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random VQModel folder, f = 4, 32 codes of 6 channels."""
-    from diffusers import VQModel
-
-    folder = tmp_path_factory.mktemp("models") / "vq"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vq = VQModel(
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(8, 8, 16),
-            norm_num_groups=4,
-            latent_channels=6,
-            num_vq_embeddings=32,
-        )
-        torch.nn.init.normal_(vq.quantize.embedding.weight)
-        vq.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def masked_recipe_of(tiny_fields: dict[str, object], tiny_vq: Path) -> RecipeOf:
-    """The tiny run with the discrete denoiser."""
-    unread = {name for name, readers in recipes.READ_BY.items() if "masked" not in readers}
-    fields = {name: value for name, value in tiny_fields.items() if name not in unread}
-    fields |= {"denoiser": "masked", "condition_into": "txt", "vq": str(tiny_vq)}
-    return lambda **changes: recipes.override(recipes.Recipe(), {**fields, **changes})
+def masked_recipe_of(masked_fields: dict[str, object]) -> RecipeOf:
+    """The tiny run's recipe with the discrete denoiser."""
+    return lambda **changes: recipes.override(recipes.Recipe(), {**masked_fields, **changes})
 
 
 @pytest.fixture(scope="session")

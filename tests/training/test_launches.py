@@ -34,10 +34,11 @@ def call(command: list[str], timeout: float = 240) -> subprocess.CompletedProces
     return done
 
 
-def test_zero_1_2_3_and_ddp_agree_with_one_rank(tiny_fields, tmp_path) -> None:
-    """Both stages, dropout 0, given noise and t: 1 rank, and 2 ranks x half batch under DDP and ZeRO 1, 2, 3."""
+@pytest.mark.parametrize("denoiser", ["flow", pytest.param("masked", marks=pytest.mark.slow)])
+def test_zero_1_2_3_and_ddp_agree_with_one_rank(tiny_fields, masked_fields, tmp_path, denoiser: str) -> None:
+    """Both stages, dropout 0, given draws: 1 rank, and 2 ranks x half batch under DDP and ZeRO 1, 2, 3."""
     fields = {
-        **tiny_fields,
+        **{"flow": tiny_fields, "masked": masked_fields}[denoiser],
         "lora_dropout": 0.0,
         "sample_images": 0,
         "stage1.max_steps": 6,

@@ -36,9 +36,11 @@ def test_schedules_with_warm_up(tiny_fields, tmp_path, scheduler: str, expected:
     assert rates == pytest.approx([0.01 * e for e in expected], abs=1e-7)
 
 
-def test_accumulated_micro_batches_are_one_batch(tiny_fields, tmp_path) -> None:
+@pytest.mark.parametrize("denoiser", ["flow", "masked"])
+def test_accumulated_micro_batches_are_one_batch(tiny_fields, masked_fields, tmp_path, denoiser: str) -> None:
     """Eight samples a step at once and as 4 x 2; clipping sees the whole gradient."""
-    fields = {**tiny_fields, **QUIET, "lora_dropout": 0.0, "stage1.max_steps": 3, "stage2.max_steps": 3}
+    tiny = {"flow": tiny_fields, "masked": masked_fields}[denoiser]
+    fields = {**tiny, **QUIET, "lora_dropout": 0.0, "stage1.max_steps": 3, "stage2.max_steps": 3}
     weights, norms = {}, {}
     for micro in (8, 2):
         name = f"micro-{micro}"
