@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--baseline", action="store_true", help="train with the original tower too (tiny always does)")
     p.add_argument("--data", metavar="PATH", help="images to enhance with: tar shards, folder, dataset or LLaVA's JSON")
     p.add_argument("--mmvp", metavar="DIR", help="MMVP-VLM's folder; without it that step is left out")
+    p.add_argument("--zero_shot", metavar="DIR", help="folder of zero-shot data sets; without it that step is left out")
     p.add_argument("--llava_data", metavar="DIR", type=Path, help="LLaVA's data (default: playground/data)")
     p.add_argument("--lmms_data", metavar="DIR", type=Path, help="local copies of the benchmarks (default: the hub's)")
     p.add_argument("--fork", metavar="DIR", type=Path, help="train LLaVA with the code of this fork's checkout")
@@ -74,6 +75,7 @@ def _main(argv: list[str]) -> int:
         fork_python=args.fork_python,
         data=args.data,
         mmvp=args.mmvp,
+        zero_shot=args.zero_shot,
         llava_data=args.llava_data,
         lmms_data=args.lmms_data,
         # A fork runs in its own folder.
@@ -119,6 +121,7 @@ def check(choices: Choices) -> None:
     from llava_genhancer.chain.needs import check_lmms_eval, llava_data
 
     for name, path in (
+        ("--zero_shot", choices.zero_shot),
         ("--lmms_data", choices.lmms_data),
         ("--fork", choices.fork),
         ("--hostfile", choices.hostfile),

@@ -58,6 +58,7 @@ class Choices:
     world: int = 1
     data: str | None = None
     mmvp: str | None = None
+    zero_shot: str | None = None
     llava_data: Path | None = None
     lmms_data: Path | None = None
     hostfile: str | None = None
@@ -101,6 +102,9 @@ def plan(choices: Choices) -> list[Step]:
         steps.append(Step("enhance", tuple(command), zero="zero2"))
     if (pairs := choices.mmvp or _toy("mmvp_test", choices)) is not None:
         steps.append(_measure("mmvp", ["mmvp-vlm", original, tower, "--data", pairs], run_dir, "mmvp_vlm", [tower]))
+    if (sets := choices.zero_shot or _toy("zero_shot_test", choices)) is not None:
+        command = ["zero-shot", original, tower, "--data", sets]
+        steps.append(_measure("zero-shot", command, run_dir, "zero_shot", [tower]))
     if choices.preset == "tiny":
         steps.append(_measure("probes", ["probes", original, tower], run_dir, "probes", [tower]))
     data_of = llava_data(choices.preset, choices.llava_data)

@@ -31,6 +31,8 @@ HEADER = ("Question ID", "Type", "Statement")
 LLAVA_IMAGES = 6400
 TEXT_ONLY_SHARE = 0.05
 QUESTIONS_PER_DETAIL = 120
+CRITTERS_PER_CLASS = 16
+CAPTIONED_IMAGES = 200
 
 
 def _jpeg(image: Image.Image) -> bytes:
@@ -164,7 +166,9 @@ def write_questions(folder: str | Path, split: str, seed: int, per_detail: int) 
 
 
 def _write_zero_shot(folder: Path, split: str, seed: int) -> None:
-    zero_shot.write_zero_shot(folder, split, seed, DETAIL_PROBABILITY, _jpeg)
+    rng, seen = Random(seed), set[str]()
+    zero_shot.write_critters(folder / "critters", split, rng, seen, _jpeg, CRITTERS_PER_CLASS)
+    zero_shot.write_captions(folder / "captions", split, rng, seen, _jpeg, CAPTIONED_IMAGES, DETAIL_PROBABILITY)
 
 
 @dataclass(frozen=True)

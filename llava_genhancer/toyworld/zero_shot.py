@@ -18,35 +18,18 @@ from llava_genhancer.toyworld import scenes
 from llava_genhancer.toyworld.scenes import COARSE, Scene
 
 TEMPLATES = ("a photo of a {c}", "a {c}")
-PER_CLASS = 16
-CAPTIONED = 200
 CAPTIONS = 5  # per image, as in Flickr30k and COCO
+Encode = Callable[[Image.Image], bytes]
 
 
-def write_zero_shot(
-    folder: str | Path,
-    split: str,
-    seed: int,
-    detail_probability: float,
-    encode: Callable[[Image.Image], bytes],
-    per_class: int = PER_CLASS,
-    captioned: int = CAPTIONED,
-) -> Path:
-    """Write ``critters/`` (images by class) and ``captions/`` (``captions.jsonl``) about scenes of ``split``.
+def write_critters(folder: Path, split: str, rng: Random, seen: set[str], encode: Encode, per_class: int) -> None:
+    """Write a folder of images per kind of critter and place, with class names and templates.
 
     Args:
-        detail_probability: how often a caption names a detail.
+        split: which scenes.
+        seen: keys of scenes that were drawn before, and are from here on.
         encode: an image as a JPEG's bytes.
     """
-    folder, rng, seen = Path(folder), Random(seed), set[str]()
-    _critters(folder / "critters", split, rng, seen, encode, per_class)
-    _captions(folder / "captions", split, rng, seen, encode, captioned, detail_probability)
-    return folder
-
-
-def _critters(
-    folder: Path, split: str, rng: Random, seen: set[str], encode: Callable[[Image.Image], bytes], per_class: int
-) -> None:
     names = {}
     for shape, place in sorted(product(COARSE["shape"], COARSE["place"])):
         images = folder / "test" / f"{shape}_{place}"
@@ -59,15 +42,10 @@ def _critters(
     (folder / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")
 
 
-def _captions(
-    folder: Path,
-    split: str,
-    rng: Random,
-    seen: set[str],
-    encode: Callable[[Image.Image], bytes],
-    count: int,
-    detail_probability: float,
+def write_captions(
+    folder: Path, split: str, rng: Random, seen: set[str], encode: Encode, count: int, detail_probability: float
 ) -> None:
+    """Write ``captions.jsonl`` and ``images/``; a caption names a detail with ``detail_probability``."""
     (folder / "images").mkdir(parents=True)
     lines = []
     for index in range(count):

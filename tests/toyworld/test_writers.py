@@ -66,7 +66,8 @@ def test_prepared_pair_sets_hold_no_scene_twice(tmp_path, monkeypatch):
     assert [scene.split() for scene in seen] == ["dev"] * 270 + ["test"] * 270
 
 
-SMALL = {"TRAIN_IMAGES": 60, "LLAVA_IMAGES": 40, "QUESTIONS_PER_DETAIL": 6}
+SMALL = {"TRAIN_IMAGES": 60, "LLAVA_IMAGES": 40, "QUESTIONS_PER_DETAIL": 6, "CRITTERS_PER_CLASS": 1,
+         "CAPTIONED_IMAGES": 5}  # fmt: skip
 
 
 def _prepare_small(folder):
@@ -84,6 +85,7 @@ def test_prepare_renders_once_even_when_three_ask_at_once(tmp_path, monkeypatch)
         asker.join()
     assert [asker.exitcode for asker in askers] == [0, 0, 0]
     rendered = ["benchmarks", "llava", "mmvp_dev", "mmvp_test", "questions_dev", "questions_test", "shards"]
+    rendered += ["zero_shot_dev", "zero_shot_test"]
     assert sorted(os.listdir(tmp_path)) == rendered, "scratch folders were left behind"
     for name, value in SMALL.items():
         monkeypatch.setattr(writers, name, value)
