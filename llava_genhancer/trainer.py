@@ -29,7 +29,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from llava_genhancer import run
 from llava_genhancer.callbacks import Flow, Progress
-from llava_genhancer.errors import InputError, OneRankError, disk_failure
+from llava_genhancer.errors import InputError, OneRankError, disk_failure, reason
 from llava_genhancer.guard import BadStep, BadSteps, LossGuard, LossSpike, NonFiniteLoss
 from llava_genhancer.watchdog import Watchdog, launcher
 
@@ -400,4 +400,9 @@ class ExactTrainer(Trainer):
         return prepared
 
     def _load_data_position(self, folder: Path) -> None:
-        self.loader.load_state_dict(torch.load(folder / f"loader_{self.rank}.pt", weights_only=True))
+        path = folder / f"loader_{self.rank}.pt"
+        try:
+            state = torch.load(path, weights_only=True)
+        except Exception as error:  # its hash was right, so it was made to be wrong
+            raise InputError(f"{path} is no data position ({reason(error)}): remove {folder}") from None
+        self.loader.load_state_dict(state)

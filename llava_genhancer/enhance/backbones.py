@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -157,7 +158,7 @@ def load_full_model(name: str) -> nn.Module:
         model, info = getattr(transformers, FULL_MODELS[model_type]).from_pretrained(
             path, dtype=torch.float32, output_loading_info=True, use_safetensors=_safetensors_or_any(path)
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise InputError(f"backbone {name}: weights cannot be loaded ({reason(error)})") from None
     missing = sorted(info["missing_keys"]) + sorted(map(str, info.get("mismatched_keys", [])))
     if missing:
