@@ -188,7 +188,8 @@ def tar_header(name: bytes, size: int | bytes, type: bytes = b"0") -> bytes:
     return bytes(block)
 
 
-def _member(name: str, content: bytes, size: int | bytes | None = None, type: bytes = b"0") -> bytes:
+def tar_member(name: str, content: bytes, size: int | bytes | None = None, type: bytes = b"0") -> bytes:
+    """A header and its padded content; ``size`` is what the header says of it, if not the truth."""
     header = tar_header(name.encode(errors="surrogatepass"), len(content) if size is None else size, type)
     return header + content + bytes(-len(content) % tarfile.BLOCKSIZE)
 
@@ -211,19 +212,19 @@ CONTENTS = (picture("PNG"), picture("JPEG"), b"", b"x" * 700, b"1\n0\n5\n")
 @st.composite
 def _archives(draw: st.DrawFn) -> bytes:
     """Up to four members, half of the time behind a good one; some with an extended header that is nearly right."""
-    blocks = [_member("fine.png", picture("PNG"))] if draw(st.booleans()) else []
+    blocks = [tar_member("fine.png", picture("PNG"))] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(0, 4))):
         if draw(st.booleans()):
             record = b" %s=%s\n" % (draw(st.sampled_from(PAX_KEYS)), draw(st.sampled_from(PAX_VALUES)))
             record = b"%d%s" % (len(record) + draw(st.sampled_from((1, 2, 2, 9))), record)
-            blocks.append(_member("pax", record, type=draw(st.sampled_from((b"x", b"g", b"L", b"K", b"X")))))
+            blocks.append(tar_member("pax", record, type=draw(st.sampled_from((b"x", b"g", b"L", b"K", b"X")))))
         name, content = draw(st.sampled_from(NAMES)), draw(st.sampled_from(CONTENTS))
-        blocks.append(_member(name, content, draw(st.sampled_from(SIZES)), draw(st.sampled_from(TYPES))))
+        blocks.append(tar_member(name, content, draw(st.sampled_from(SIZES)), draw(st.sampled_from(TYPES))))
     return b"".join(blocks) + bytes(draw(st.sampled_from((1024, 1024, 512, 0))))
 
 
 def _tars() -> Kind:
-    whole = _member("a.png", picture("PNG")) + bytes(1024)
+    whole = tar_member("a.png", picture("PNG")) + bytes(1024)
     cases = st.one_of(_archives(), mutated(_archives()), mutated(st.just(whole)))
 
     def read(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import gc
 import json
 import re
 from collections.abc import Iterator
@@ -10,8 +11,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 from llava_genhancer.errors import InputError, reason
 
-BLOCK_BYTES = 1 << 20
-MAX_CHARACTERS = 1 << 22  # of one entry, a thousand times the usual; nested lists take 24 times as much in memory
+BLOCK_BYTES = 1 << 18
+MAX_CHARACTERS = 1 << 20  # of one entry, a thousand times the usual; lists of lists take 24 times as much memory
 _BETWEEN = re.compile(r"[\s,\ufeff]*")
 
 
@@ -92,17 +93,31 @@ class _Window:
                 return ""
 
 
+def _decoded(decoder: json.JSONDecoder, window: _Window) -> tuple[Any, int]:
+    """The value at the window's place; a collector that looks through the whole process for every list waits."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return decoder.raw_decode(window.text, window.at)
+    finally:
+        if collects:
+            gc.enable()
+
+
 def _parse(decoder: json.JSONDecoder, window: _Window, name: str) -> tuple[Any, int]:
     """The entry at the window's place and where it ends; the window grows until it holds all of it."""
     while True:
         problem = "too long"
         try:
-            value, end = decoder.raw_decode(window.text, window.at)
+            value, end = _decoded(decoder, window)
             if end < len(window.text) or window.ended:  # a number goes on in the next block, maybe
                 return value, end
         except json.JSONDecodeError as error:
             problem = error.msg
         except (ValueError, RecursionError) as error:  # a number of a thousand digits, lists within lists
             raise InputError(f"{name} cannot be used ({reason(error)})") from None
-        if len(window.text) - window.at > MAX_CHARACTERS or not window.read_more():
+        seen = len(window.text) - window.at
+        if seen > MAX_CHARACTERS or not window.read_more():
             raise InputError(f"{name} is not valid JSON ({problem})")
+        while len(window.text) - window.at < 2 * seen and window.read_more():  # each try parses from the start
+            pass
