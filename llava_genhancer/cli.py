@@ -407,7 +407,8 @@ def _curve(args: Any) -> None:
 
 
 def _generation(args: Any) -> None:
-    from llava_genhancer.evaluate.generation import FIGURE, RESULT, measure
+    from llava_genhancer.evaluate.generation import measure
+    from llava_genhancer.evaluate.generation_report import FIGURE, RESULT
 
     measure(args.run_dir, args.data, args.device)
     print(f"results: {Path(args.run_dir) / RESULT}\nfigure:  {Path(args.run_dir) / 'figures' / FIGURE}")

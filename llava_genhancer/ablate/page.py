@@ -16,6 +16,7 @@ from PIL import Image
 from llava_genhancer.ablate.figure import ablation_figure
 from llava_genhancer.ablate.results import QUANTITIES, Estimate, Row, Table
 from llava_genhancer.evaluate import figures, generation, paper
+from llava_genhancer.evaluate.generation_report import DEFINITIONS, FIGURE
 from llava_genhancer.evaluate.html import page
 from llava_genhancer.evaluate.markdown import block, table, text
 from llava_genhancer.evaluate.mmvp_results import GUESS, ONE_PAIR
@@ -145,13 +146,9 @@ def _notes(results: Table) -> str:
         interval = f"Intervals are Student's 95 % over {seeds} seeds, which all answer the same pairs."
     else:
         interval = "Intervals are 95 % over the pairs of one seed: they say nothing about the next seed."
-    quality = (
-        "CLIP score is the cosine of the original model's global tokens of an image and of its reconstruction; PSNR "
-        "is over pixels in [0, 1]."
-    )
     said = [interval, f"One pair is {ONE_PAIR:.2f} points of MMVP-VLM, guessing gives {GUESS:.0f} %."]
     if "clip_score" in results.quantities:
-        said.append(quality)
+        said.append(DEFINITIONS)
     if results.backbones:
         said.append("Columns of the paper are other backbones on other data (arXiv 2503.19480).")
     if len(results.rows) > 2:
@@ -203,7 +200,7 @@ def _curves(results: Table, output_dir: Path) -> list[str]:
         return []
     parts = ["## Over training"]
     for row in results.rows:
-        path = row.folders[0] / "figures" / generation.FIGURE
+        path = row.folders[0] / "figures" / FIGURE
         if path.is_file():
             parts += [f"### {text(row.label)}", f"![{text(row.label)}]({os.path.relpath(path, output_dir)})"]
     return parts

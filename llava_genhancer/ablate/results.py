@@ -15,7 +15,7 @@ from llava_genhancer.ablate.grids import Grid
 from llava_genhancer.ablate.running import Job
 from llava_genhancer.engine import stage_result
 from llava_genhancer.enhance.stages import STAGES, WEIGHTS
-from llava_genhancer.evaluate import generation, paper, zero_shot_results
+from llava_genhancer.evaluate import generation_report, paper, zero_shot_results
 from llava_genhancer.evaluate.mmvp_results import MmvpResult, compare, load_results
 from llava_genhancer.evaluate.seeds import spread
 from llava_genhancer.run import read_json
@@ -177,7 +177,7 @@ def _quantities(job: Job, cost: bool) -> dict[str, float]:
     if (answers := job.folder / "eval" / "zero_shot.json").is_file():
         original, enhanced = zero_shot_results.load_results(answers)
         found["zero_shot"] = enhanced.mean - original.mean
-    quality = generation.final(job.folder)
+    quality = generation_report.final(job.folder)
     if quality is not None:
         found["clip_score"] = quality["clip_score"]
         if quality["psnr"] is not None:

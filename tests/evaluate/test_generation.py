@@ -15,8 +15,10 @@ from llava_genhancer import recipes
 from llava_genhancer.enhance.export import export_tower
 from llava_genhancer.enhance.train import _write_strip, enhance
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate.generation import Judge, captions_of, final, measure, read_strip
+from llava_genhancer.evaluate.generation import Judge, captions_of, measure, read_strip
+from llava_genhancer.evaluate.generation_report import final
 from llava_genhancer.evaluate.mmvp_vlm import evaluate_tower, load_benchmark
+from llava_genhancer.evaluate.report import write_report
 from llava_genhancer.evaluate.towers import load_tower
 from llava_genhancer.toyworld.writers import write_shards
 
@@ -127,6 +129,10 @@ def test_an_ordinary_run_has_its_curve(finished, benchmark_dir, tmp_path) -> Non
     with Image.open(folder / "figures" / "generation.png") as figure:
         assert min(figure.size) > 100
     assert not list(folder.glob(".snapshot-*"))
+    report = write_report(folder).read_text()
+    assert "| stage 2, step 4 |" in report
+    assert f"MMVP-VLM meanwhile: {expected[0]:.1f} % at step 0 and {expected[4]:.1f} % at step 4" in report
+    assert "](figures/generation.png)" in report
 
     first = (folder / "eval" / "generation.json").read_bytes()
     assert measure(folder, benchmark_dir) == measured

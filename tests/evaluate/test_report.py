@@ -242,7 +242,7 @@ def test_awkward_labels_and_few_points_can_be_drawn(tmp_path):
 
 def test_a_failed_drawing_leaves_no_file_and_no_settings(tmp_path):
     settings = dict(matplotlib.rcParams)
-    with pytest.raises(ZeroDivisionError), figures._Drawing(tmp_path / "x.png", 3, 2):
+    with pytest.raises(ZeroDivisionError), figures.Drawing(tmp_path / "x.png", 3, 2):
         _ = 1 / 0
     assert not list(tmp_path.iterdir())
     assert dict(matplotlib.rcParams) == settings
