@@ -201,9 +201,10 @@ def test_positions_of_sines(masked_recipe_of) -> None:
     grid = table.view(4, 4, 16)
     assert torch.equal(grid[:, :1, :8].expand(4, 4, 8), grid[:, :, :8]), "half of the channels tell the row"
     assert torch.equal(grid[:1, :, 8:].expand(4, 4, 8), grid[:, :, 8:]), "half the column"
-    assert torch.allclose(grid[2, 3, 0], torch.tensor(2.0).sin())
-    assert torch.allclose(grid[2, 3, 8 + 4], torch.tensor(3.0).cos())
-    assert torch.pdist(table).min() > 0.1
+    size = 0.02 * math.sqrt(2)
+    assert torch.allclose(grid[2, 3, 0], size * torch.tensor(2.0).sin())
+    assert torch.allclose(grid[2, 3, 8 + 4], size * torch.tensor(3.0).cos())
+    assert torch.pdist(table).min() > 0.1 * size
     fixed = denoiser_of(masked_recipe_of(masked_positions="sincos"))
     assert not any(n.startswith("position") for n in fixed.state_dict()), "nothing to learn, nothing to store"
     learned = {n for n, _ in denoiser_of(masked_recipe_of()).named_parameters()}

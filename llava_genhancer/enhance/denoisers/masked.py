@@ -20,6 +20,8 @@ from llava_genhancer.enhance.conditions import Condition
 from llava_genhancer.enhance.vq import VqTarget
 from llava_genhancer.recipes import Recipe
 
+INITIAL = 0.02  # standard deviation of tokens and positions before training
+
 
 def draw_masks(batch: int, tokens: int, ratio: tuple[float, float], device: torch.device | None = None) -> Tensor:
     """Random masks (B, N), true where hidden: per image, a share drawn uniformly from ``ratio``, one token at least.
@@ -42,7 +44,7 @@ class Learned(nn.Module):
     def __init__(self, side: int, width: int):
         super().__init__()
         self.table = nn.Embedding(side**2, width)
-        nn.init.normal_(self.table.weight, std=0.02)
+        nn.init.normal_(self.table.weight, std=INITIAL)
 
     def forward(self, x: Tensor) -> Tensor:
         """States (B, N, D), moved by where they are."""
@@ -50,13 +52,13 @@ class Learned(nn.Module):
 
 
 class Sincos(nn.Module):
-    """Adds fixed sines and cosines: a quarter of the channels each for a sine and a cosine of row and column."""
+    """Adds fixed waves, as large as tokens begin: sines and cosines of the row, then of the column."""
 
     def __init__(self, side: int, width: int):
         super().__init__()
         rates = 10_000 ** (-torch.arange(width // 4) / (width // 4))
         angles = torch.arange(side)[:, None] * rates  # (S, D / 4)
-        waves = torch.cat([angles.sin(), angles.cos()], 1)
+        waves = 2**0.5 * INITIAL * torch.cat([angles.sin(), angles.cos()], 1)
         rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
         self.register_buffer("table", torch.cat([rows, columns], -1).flatten(0, 1), persistent=False)
 
@@ -65,6 +67,7 @@ class Sincos(nn.Module):
         return x + self.table.to(x.dtype)  # type: ignore[operator]
 
 
+# How states are moved by where they are, by a recipe's ``masked_positions``.
 POSITIONS: dict[str, Callable[[int, int], nn.Module]] = {"learned": Learned, "sincos": Sincos}
 
 
@@ -93,8 +96,8 @@ class MaskedDenoiser(nn.Module):
     """Scores of the masked tokens from the unmasked ones and the condition, the training loss, and a sampler.
 
     Masked positions are queries too (ours): a learned mask token plus the position, which attends to everything known
-    and to which nothing attends. So the unmasked tokens and the condition run as in the paper, and what reads the
-    masked positions out needs no module of its own.
+    and to which nothing attends. So the unmasked tokens and the condition run as in the paper, what reads the masked
+    positions out needs no module of its own, and shapes stay fixed whatever is masked.
     """
 
     def __init__(self, recipe: Recipe, codes: int, side: int):
@@ -111,7 +114,7 @@ class MaskedDenoiser(nn.Module):
         self.layers = nn.ModuleList(Layer(self.width, recipe.denoiser_heads) for _ in range(recipe.denoiser_layers))
         self.norm_out = nn.LayerNorm(self.width)
         self.to_logits = nn.Linear(self.width, codes)
-        nn.init.normal_(self.token.weight, std=0.02)
+        nn.init.normal_(self.token.weight, std=INITIAL)
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, target: VqTarget, image_size: int) -> MaskedDenoiser:
