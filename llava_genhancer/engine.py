@@ -230,6 +230,9 @@ def finish_stage(trainer: ExactTrainer, final: Path, seconds: float, **facts: An
                 * trainer.world_size,
                 "seconds": round(seconds, 1),
                 "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+                "parameters": {
+                    name: sum(map(_numel, part.parameters())) for name, part in trainer.model.named_children()
+                },
                 "trainable_parameters": sum(_numel(p) for p in trainer.model.parameters() if p.requires_grad),
                 "skipped": skipped,
                 "skipped_steps": trainer.guard.skipped,

@@ -9,12 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from llava_genhancer.ablate.grids import Grid
 from llava_genhancer.ablate.running import Job
 from llava_genhancer.engine import stage_result
-from llava_genhancer.enhance.stages import STAGES, WEIGHTS
+from llava_genhancer.enhance.stages import STAGES
 from llava_genhancer.evaluate import generation_report, paper, zero_shot_results
 from llava_genhancer.evaluate.mmvp_results import MmvpResult, compare, load_results
 from llava_genhancer.evaluate.seeds import spread
@@ -29,11 +27,10 @@ QUANTITIES = {
     "clip_score": ("CLIP score of rebuilt images", "{:.3f}"),
     "psnr": ("their PSNR, dB", "{:.2f}"),
     "images": ("images seen", "{:,.0f}"),
-    "denoiser": ("trained denoiser, parameters", "{:,.0f}"),
+    "denoiser": ("denoiser, parameters", "{:,.0f}"),
     "seconds": ("s per 100 steps", "{:.1f}"),
     "memory": ("peak GPU memory, GB", "{:.2f}"),
 }
-COST = ("denoiser", "seconds", "memory")
 
 
 @dataclass(frozen=True)
@@ -184,7 +181,7 @@ def _quantities(job: Job, cost: bool) -> dict[str, float]:
             found["psnr"] = quality["psnr"]
     results = {s: r for s in STAGES if (r := stage_result(job.folder / f"stage{s}")) is not None}
     found["images"] = sum(r["images_seen"] for r in results.values())
-    return found | (_cost(job, results) if cost else {})
+    return found | (_cost(job, results) if cost and results else {})
 
 
 def _details(folder: Path) -> dict[str, float]:
@@ -199,31 +196,15 @@ def _details(folder: Path) -> dict[str, float]:
 
 
 def _cost(job: Job, results: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:
-    """Table 7's columns, of the first stage that ran: the one that trains the denoiser."""
-    found: dict[str, float] = {}
-    for stage, result in sorted(results.items()):
-        folder = job.folder / f"stage{stage}"
-        if "denoiser" in getattr(job.recipe, f"stage{stage}").trains and "denoiser" not in found:
-            found["denoiser"] = _numel(folder / WEIGHTS, "denoiser.")
-        rates = [e["images_per_second"] for e in read_json(folder / "log_history.json") if "images_per_second" in e]
-        if rates and "seconds" not in found:
-            found["seconds"] = 100 * job.recipe.global_batch_size / statistics.median(rates)
-        if result.get("peak_memory_bytes"):
-            found["memory"] = max(found.get("memory", 0.0), result["peak_memory_bytes"] / 1e9)
+    """Table 7's columns, of the first stage that ran."""
+    stage, result = min(results.items())
+    found = {"denoiser": float(result["parameters"]["denoiser"])}
+    history = read_json(job.folder / f"stage{stage}" / "log_history.json")
+    if rates := [entry["images_per_second"] for entry in history if "images_per_second" in entry]:
+        found["seconds"] = 100 * job.recipe.global_batch_size / statistics.median(rates)
+    if result["peak_memory_bytes"] is not None:
+        found["memory"] = result["peak_memory_bytes"] / 1e9
     return found
-
-
-def _numel(file: Path, part: str) -> int:
-    """Trained weights whose names start so, counted in the file's header."""
-    total = 0
-    with safe_open(file, framework="pt") as weights:
-        for name in weights.keys():  # noqa: SIM118 - no mapping
-            if name.startswith(part):
-                size = 1
-                for side in weights.get_slice(name).get_shape():
-                    size *= side
-                total += size
-    return total
 
 
 def _last_picture(folder: Path) -> Path | None:
