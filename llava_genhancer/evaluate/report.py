@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate import figures, llava_report, mllm_report, table1
+from llava_genhancer.evaluate import figures, generation_report, llava_report, mllm_report, retention_report, table1
 from llava_genhancer.evaluate.gallery import gallery
 from llava_genhancer.evaluate.html import page
 from llava_genhancer.evaluate.markdown import block, code, table, text
@@ -26,6 +26,7 @@ from llava_genhancer.run import MANIFEST, read_json, write_json, write_text
 STAGES = (1, 2)
 PARTS = (MANIFEST, "stage1", "stage2", "tower", "eval", "llava-pretrain", "llava-finetune")
 FIGURES = ("loss.png", "t_density.png", "reconstructions.png", "mmvp_vlm.png", "probes.png", llava_report.FIGURE)
+ALL_FIGURES = (*FIGURES, *mllm_report.FIGURES, retention_report.FIGURE, generation_report.FIGURE)
 GRID_ROWS, GRID_COLUMNS, KEYS_SHOWN = 6, 8, 20
 # Recipe fields worth a reader's first look; the others follow folded away.
 FIRST_FIELDS = (
@@ -73,18 +74,22 @@ def _check(run_dir: Path) -> None:
 def _write(run_dir: Path, others: Sequence[Path], baseline: Path | None) -> Path:
     report = _Report(run_dir, others, baseline)
     mmvp, probes = report.part("MMVP-VLM", report.mmvp), report.part("probes", report.probes)
+    retention = report.part("zero-shot", report.retention)
     llava, mllm = report.part("LLaVA", report.llava), report.part("lmms-eval", report.mllm)
     training, pictures = report.part("training", report.training), report.part("pictures", report.reconstructions)
+    generation = report.part("generation quality", report.generation)
     data, recipe = report.part("skipped images", report.data), report.part("recipe", report.recipe)
     commands = report.part("commands", report.commands)  # before not_shown(), which tells what failed
     parts = [
         report.summary(),
         mmvp,
+        retention,
         probes,
         mllm,
         llava,
         training,
         pictures,
+        generation,
         data,
         recipe,
         report.not_shown(),
@@ -93,7 +98,7 @@ def _write(run_dir: Path, others: Sequence[Path], baseline: Path | None) -> Path
     name = report.values.get("name") or run_dir.resolve().name
     body = "\n\n".join([f"# {text(name)}: report", *(part for part in parts if part)]) + "\n"
     try:
-        for figure in (*FIGURES, *mllm_report.FIGURES):  # of an earlier report, whose source is gone
+        for figure in ALL_FIGURES:  # of an earlier report, whose source is gone
             if figure not in report.drawn:
                 (run_dir / "figures" / figure).unlink(missing_ok=True)
         write_text(run_dir / "report.md", body)
@@ -234,6 +239,17 @@ class _Report:
             f"from the same noise every time: what the token says of an image, not how well one can draw.\n\n{picture}"
         )
 
+    def generation(self) -> str:
+        """Only where the verb `generation` was run."""
+        path = self.run_dir / generation_report.RESULT
+        if not path.is_file():
+            return ""
+        measured = read_json(path)
+        self.facts["generation"] = measured
+        generation_report.generation_figure(measured, self.path(generation_report.FIGURE))
+        picture = self.figure(generation_report.FIGURE, "Generation quality and MMVP-VLM over the training")
+        return f"{generation_report.section(measured)}\n\n{picture}"
+
     def mmvp(self) -> str:
         path = self.run_dir / "eval" / "mmvp_vlm.json"
         if not path.is_file():
@@ -276,6 +292,15 @@ class _Report:
         path = run / "eval" / "mmvp_vlm.json"
         found = _before_and_after(load_results(path)) if path.is_file() else []
         return [dataclasses.replace(r, label=f"{run.resolve().name}: {r.label}") for r in found]
+
+    def retention(self) -> str:
+        parts, lines, facts = retention_report.section(self.run_dir)
+        if "curve" in facts:
+            self.drawn.append(retention_report.FIGURE)
+        if facts:
+            self.headlines += lines
+            self.facts["zero_shot"] = facts
+        return "\n\n".join(["## Retention", *parts]) if parts else ""
 
     def mllm(self) -> str:
         self.evaluation = mllm_report.evaluation([self.run_dir, *self.others], self.baseline)
@@ -348,7 +373,11 @@ class _Report:
         return "\n\n".join(["## Skipped images", *parts]) if parts else ""
 
     def not_shown(self) -> str:
-        lines = [*self.missing, "zero-shot retention: not measured here; vision-only tuning can lower it"]
+        lines = list(self.missing)
+        if not retention_report.measured(self.run_dir):
+            lines.append("zero-shot retention: not measured here; vision-only tuning can lower it (zero-shot, curve)")
+        if not lines:
+            return ""
         return "## Not shown\n\n" + "\n".join(f"* {text(line)}" for line in lines)
 
     def commands(self) -> str:

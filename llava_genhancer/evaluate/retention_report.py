@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ def section(run_dir: Path) -> tuple[list[str], list[str], dict[str, Any]]:
     facts: dict[str, Any] = {}
     if (run_dir / RESULT).is_file():
         towers = load_results(run_dir / RESULT)
+        if len(towers) == 2 and towers[1].recipe and not towers[0].recipe:  # whatever their folders are called
+            names = ("original", "enhanced")
+            towers = [dataclasses.replace(t, label=name) for t, name in zip(towers, names, strict=True)]
         parts += [table3.markdown(towers), NOTE]
         parts += [beside] if (beside := table3.beside_table3(towers)) else []
         lines += _headlines(towers)

@@ -16,8 +16,10 @@ from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate import curve
 from llava_genhancer.evaluate.curve import load_points, mixed, parse_scales
 from llava_genhancer.evaluate.mmvp_vlm import run as run_mmvp
+from llava_genhancer.evaluate.report import write_report
 from llava_genhancer.evaluate.towers import Tower, load_tower
 from llava_genhancer.evaluate.zero_shot import run as run_zero_shot
+from llava_genhancer.run import write_json
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +134,27 @@ def test_what_has_no_curve_is_refused_before_anything_is_loaded(tmp_path: Path, 
     (tmp_path / "manifest.json").write_text(json.dumps({"recipe": recipes.to_dict(recipes.get_recipe("tiny"))}))
     with pytest.raises(InputError, match="`enhance` is not finished"):
         curve.run([str(tmp_path)], [tmp_path], tmp_path)
+
+
+def test_the_report_tells_of_retention_and_strength(
+    towers: tuple[Path, Path], sets: Path, pairs: Path, tmp_path: Path
+) -> None:
+    names, run = [str(t) for t in towers], tmp_path / "run"
+    write_json(run / "manifest.json", {"recipe": recipes.to_dict(recipes.get_recipe("tiny"))})
+    assert "zero-shot retention: not measured here" in write_report(run).read_text()
+    run_zero_shot(names, [sets], run / "eval", labels=("original", "enhanced"))
+    curve.run(names, [sets], pairs, scales="0,1", output=run / "eval" / "curve.json")
+    words = write_report(run).read_text()
+    for said in ("## Retention", "| cars | top-1 | 12 | 33.3 |", "Zero-shot retention, mean of 1 scores", "### Beside"):
+        assert said in words, said
+    assert "not measured here" not in words
+    facts = json.loads((run / "report.json").read_text())
+    assert "curve.png" in str(facts["figures"])
+    assert Image.open(run / "figures" / "curve.png").size[0] > 600
+    assert [p["lora_scale"] for p in facts["zero_shot"]["curve"]] == [0, 1]
+
+    (run / "eval" / "curve.json").unlink()
+    (run / "eval" / "zero_shot.json").write_text("{}")
+    words = write_report(run).read_text()
+    assert "it lists no towers" in words
+    assert not (run / "figures" / "curve.png").exists()
