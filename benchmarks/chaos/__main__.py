@@ -23,6 +23,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded: forks of this pro
 
 from world import Outcome
 
+from llava_genhancer.run import write_text
+
 FAMILIES = ("kills", "disk", "damage", "losses", "hosts")
 
 
@@ -33,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         "--families", default=",".join(FAMILIES), help=f"comma-separated (default: {','.join(FAMILIES)})"
     )
     parser.add_argument("--kills", type=int, default=80, help="kills in all (default: 80)")
+    parser.add_argument("--launchers", help="that the kills go over (default: plain,torchrun,deepspeed)")
     parser.add_argument("--seed", type=int, help="draws kinds and moments (default: drawn)")
     parser.add_argument("--work", type=Path, help="where the runs go (default: a new temporary folder)")
     parser.add_argument("--output", type=Path, help="write the table here")
@@ -45,13 +48,12 @@ def main(argv: list[str] | None = None) -> int:
     outcomes: list[Outcome] = []
     for family in args.families.split(","):
         started = time.monotonic()
-        outcomes += importlib.import_module(family).run_family(work / family, seed=seed, total=args.kills)
+        chosen = {"launchers": tuple(args.launchers.split(","))} if args.launchers and family == "kills" else {}
+        outcomes += importlib.import_module(family).run_family(work / family, seed=seed, total=args.kills, **chosen)
         say(f"{family}: {time.monotonic() - started:.0f} s")
-    text = table(outcomes, seed)
-    print(text)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n", encoding="utf-8")
+        if args.output:  # after each family: an hour is long
+            write_text(args.output, table(outcomes, seed) + "\n")
+    print(table(outcomes, seed))
     return int(not all(outcome.held for outcome in outcomes))
 
 

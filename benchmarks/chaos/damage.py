@@ -9,7 +9,7 @@ import signal
 import tarfile
 from pathlib import Path
 
-from world import Job, Outcome, arguments, finish, hashes, kill, launched, mount, mounts, newest, small_disk, wait_for
+from world import Outcome, arguments, ended, hashes, kill, mount, mounts, newest, small_disk, started, wait_for
 
 from llava_genhancer import run
 
@@ -28,7 +28,7 @@ def run_family(work: Path, *, seed: int, total: int) -> list[Outcome]:
         ),
     ]
     for launcher in ("plain", "torchrun"):
-        finish(launched(launcher, stage(work / launcher / "whole")), work / launcher / "whole.log")
+        ended(started(launcher, stage(work / launcher / "whole"), work / launcher / "whole.log"))
         for row, damage in zip(rows, (cut, flip), strict=False):
             damaged(launcher, damage, work / launcher, row, rng)
     weights(work / "plain", rows[2], rng)
@@ -57,7 +57,7 @@ def damaged(launcher: str, damage, work: Path, row: Outcome, rng: random.Random)
     """Stop a run, damage a drawn file of its newest checkpoint, go on."""
     row.tried += 1
     run_dir, log = work / damage.__name__, work / f"{damage.__name__}.log"
-    job = Job(launched(launcher, stage(run_dir)), log)
+    job = started(launcher, stage(run_dir), log)
     wait_for(job, lambda: newest(run_dir / "stage1") >= 15)
     kill(job.process.pid, signal.SIGTERM)
     job.wait()
@@ -72,7 +72,7 @@ def damaged(launcher: str, damage, work: Path, row: Outcome, rng: random.Random)
     row.check(
         run.last_complete_checkpoint(run_dir / "stage1") not in (None, last), f"{where}: still counts, or none does"
     )
-    again = finish(launched(launcher, stage(run_dir)), log)
+    again = ended(started(launcher, stage(run_dir), log))
     row.check(again.process.returncode == 0, f"{where}: did not go on: {again.lines()}")
     row.check("it is not whole" in again.output(), f"{where}: not a word about it")
     same = hashes(run_dir, ("stage1",)) == hashes(work / "whole", ("stage1",))
@@ -83,18 +83,18 @@ def weights(work: Path, row: Outcome, rng: random.Random) -> None:
     """Between the stages: stage 1 is finished, one bit of its result falls over, stage 2 would build on it."""
     row.tried += 1
     run_dir, log = work / "weights", work / "weights.log"
-    command = launched("plain", arguments("stage2", run_dir, STEPS, **{"stage2.max_steps": 5}))
-    finish([*command, "--stage", "1"], log)
+    command = arguments("stage2", run_dir, STEPS, **{"stage2.max_steps": 5})
+    ended(started("plain", [*command, "--stage", "1"], log))
     before = hashes(run_dir, ("stage1",))
     victim = run_dir / "stage1" / "weights.safetensors"
     damage = victim.read_bytes()
     victim.unlink()  # the last checkpoint has it too, under another name
     victim.write_bytes(damage)
     flip(victim, rng)
-    job = finish(command, log)
+    job = ended(started("plain", command, log))
     row.check(job.process.returncode == 2 and len(job.lines()) == 1, f"{job.process.returncode}: {job.lines()}")
     victim.unlink()
-    again = finish(command, log)
+    again = ended(started("plain", command, log))
     row.check(again.process.returncode == 0, f"did not go on: {again.lines()}")
     row.check(hashes(run_dir, ("stage1",)) == before, "other weights of stage 1")
 
@@ -110,25 +110,25 @@ def vanished(work: Path) -> list[Outcome]:
     data = [f"--data={work / 'data'}", "--shuffle_block=20"]
 
     log = work / "log"
-    whole = finish(launched("plain", [*stage(work / "whole"), *data]), log)
+    whole = ended(started("plain", [*stage(work / "whole"), *data], log))
     between.check(whole.process.returncode == 0, f"the run beside it: {whole.lines()}")
-    command = launched("plain", [*stage(work / "run"), *data])
-    job = Job(command, log)
+    command = [*stage(work / "run"), *data]
+    job = started("plain", command, log)
     wait_for(job, lambda: newest(work / "run" / "stage1") >= 10)
     kill(job.process.pid, signal.SIGTERM)
     job.wait()
     job.end()
     victim.rename(elsewhere)
-    refused = finish(command, log)
+    refused = ended(started("plain", command, log))
     between.check(refused.process.returncode == 2 and len(refused.lines()) == 1, f"said {refused.lines()}")
     elsewhere.rename(victim)
-    again = finish(command, log)
+    again = ended(started("plain", command, log))
     between.check(again.process.returncode == 0, f"did not go on: {again.lines()}")
     same = hashes(work / "run", ("stage1",)) == hashes(work / "whole", ("stage1",))
     between.check(same, "other weights in the end")
 
     log, run_dir = work / "reading.log", work / "reading"
-    job = Job(launched("plain", [*stage(run_dir, 3 * STEPS), *data]), log)
+    job = started("plain", [*stage(run_dir, 3 * STEPS), *data], log)
     wait_for(job, lambda: newest(run_dir / "stage1") >= 5)
     victim.rename(elsewhere)  # some passes are still to come
     reading.check(job.wait() == 0, f"ended with {job.process.returncode}: {job.lines()}")
@@ -165,21 +165,21 @@ def read_only(work: Path) -> list[Outcome]:
         return [became, was]
     with small_disk(work / "disk", 300) as disk:
         run_dir, log = disk / "run", work / "log"
-        command = launched("plain", stage(run_dir))
-        job = Job(command, log)
+        command = stage(run_dir)
+        job = started("plain", command, log)
         wait_for(job, lambda: newest(run_dir / "stage1") >= 10)
         kill(job.process.pid, signal.SIGTERM)
         job.wait()
         job.end()
         mount("-o", "remount,ro", str(disk))
-        for row, refused in ((became, command), (was, launched("plain", stage(disk / "new")))):
+        for row, refused in ((became, command), (was, stage(disk / "new"))):
             row.tried += 1
-            said = finish(refused, log)
+            said = ended(started("plain", refused, log))
             row.check(said.process.returncode == 2 and len(said.lines()) == 1, f"said {said.output()[-500:]}")
         mount("-o", "remount,rw", str(disk))
-        again = finish(command, log)
+        again = ended(started("plain", command, log))
         became.check(again.process.returncode == 0, f"did not go on: {again.lines()}")
-        finish(launched("plain", stage(work / "whole")), log)
+        ended(started("plain", stage(work / "whole"), log))
         same = hashes(run_dir, ("stage1",)) == hashes(work / "whole", ("stage1",))
         became.check(same, "other weights in the end")
     return [became, was]

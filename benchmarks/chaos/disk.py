@@ -6,11 +6,11 @@ import os
 import shutil
 from pathlib import Path
 
-from world import Job, Outcome, arguments, finish, hashes, launched, mounts, newest, small_disk, wait_for
+from world import Job, Outcome, arguments, ended, hashes, mounts, newest, small_disk, started, wait_for
 
 from llava_genhancer import run
 
-STEPS = 60
+STEPS = 40
 FULL = "No space left on device"
 # Words that a full disk may end with: torch's writer does not pass on what the system said.
 WORDS = (FULL, "torch could not write a file to its end")
@@ -34,7 +34,7 @@ def run_family(work: Path, *, seed: int, total: int) -> list[Outcome]:
     whole = checkpoint("torchrun", work / "torchrun", rows[1])
     export(["export", str(whole)], "tower", work / "export", rows[2])
     for training in ("pretrain", "finetune"):
-        finish(launched("plain", arguments(training, work / "llava", 5)), work / "llava.log")
+        ended(started("plain", arguments(training, work / "llava", 5), work / "llava.log"))
     export(["llava", "export", str(work / "llava")], "hf", work / "llava-export", rows[3])
     report(whole, work / "report", rows[4])
     return rows
@@ -63,13 +63,13 @@ def one_line(row: Outcome, job: Job, who: str) -> None:
 def checkpoint(launcher: str, work: Path, row: Outcome) -> Path:
     """Fill the disk while training goes on; the run beside it that met no full disk is returned."""
     command = arguments("stage2", work / "whole", STEPS, **{"stage2.max_steps": 10})
-    whole = finish(launched(launcher, command), work / "whole.log")
+    whole = ended(started(launcher, command, work / "whole.log"))
     row.check(whole.process.returncode == 0, f"the run beside it: {whole.lines()}")
     row.tried += 1
     with small_disk(work / "disk", 300) as disk:
         run_dir = disk / "run"
-        command = launched(launcher, arguments("stage2", run_dir, STEPS, **{"stage2.max_steps": 10}))
-        job = Job(command, work / "log")
+        command = arguments("stage2", run_dir, STEPS, **{"stage2.max_steps": 10})
+        job = started(launcher, command, work / "log")
         try:
             wait_for(job, lambda: newest(run_dir / "stage1") >= 10)
             ballast = fill(disk)
@@ -83,7 +83,7 @@ def checkpoint(launcher: str, work: Path, row: Outcome) -> Path:
             last is not None and int(last.name.split("-")[1]) >= kept, f"{launcher}: {kept} lost, {last} is the last"
         )
         ballast.unlink()
-        again = finish(command, work / "log")
+        again = ended(started(launcher, command, work / "log"))
         row.check(again.process.returncode == 0, f"{launcher}: did not go on: {again.lines()}")
         both = (hashes(folder, ("stage1", "stage2")) for folder in (work / "whole", run_dir))
         row.check(len({tuple(sorted(h.items())) for h in both}) == 1, f"{launcher}: other weights in the end")
@@ -93,15 +93,15 @@ def checkpoint(launcher: str, work: Path, row: Outcome) -> Path:
 def export(verb: list[str], result: str, work: Path, row: Outcome) -> None:
     """Onto a disk of one megabyte, then onto a larger one of the same name."""
     row.tried += 1
-    command = launched("plain", [*verb, "--output_dir"])
+    command = [*verb, "--output_dir"]
     with small_disk(work / "disk", 1) as disk:
         target = disk / "out"
-        job = finish([*command, str(target)], work / "log")
+        job = ended(started("plain", [*command, str(target)], work / "log"))
         one_line(row, job, verb[0])
         left = sorted(str(p.relative_to(disk)) for p in disk.rglob("*") if p.is_file())
         row.check(not left, f"{verb[0]}: left {left}")
         os.system(f"mount -o remount,size=300m {disk}")
-        again = finish([*command, str(target)], work / "log")
+        again = ended(started("plain", [*command, str(target)], work / "log"))
         row.check(again.process.returncode == 0, f"{verb[0]}: did not go on: {again.lines()}")
 
 
@@ -110,9 +110,9 @@ def report(whole: Path, work: Path, row: Outcome) -> None:
     row.tried += 1
     with small_disk(work / "disk", 300) as disk:
         run_dir = Path(shutil.copytree(whole, disk / "run"))
-        command = launched("plain", ["report", str(run_dir)])
+        command = ["report", str(run_dir)]
         ballast = fill(disk)
-        one_line(row, finish(command, work / "log"), "report")
+        one_line(row, ended(started("plain", command, work / "log")), "report")
         ballast.unlink()
-        again = finish(command, work / "log")
+        again = ended(started("plain", command, work / "log"))
         row.check(again.process.returncode == 0 and (run_dir / "report.md").exists(), f"did not go on: {again.lines()}")
