@@ -69,7 +69,7 @@ POSITIVE_COUNTS = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "num_workers", "lora_rank", "lora_alpha", "sample_images", "seed", "max_grad_norm", "weight_decay",
-    "denoiser_layers", "denoiser_single_layers", "align_weight", "unmask_temperature",
+    "denoiser_layers", "denoiser_single_layers", "align_weight", "unmask_temperature", "cache_crops",
 )  # fmt: skip
 MAX_SEED = 2**32 - 100  # numpy takes 32 bits, and the stages count on from it
 # Fields that only some denoisers read; under another one they must keep their default.
@@ -211,6 +211,17 @@ class Recipe:
     max_bad_fraction: float = option(0.1, "share of undecodable images above which the run stops")
     crop_scale: tuple[float, float] = option((0.9, 1.0), "RandomResizedCrop: range of the area")
     crop_ratio: tuple[float, float] = option((0.75, 4 / 3), "RandomResizedCrop: range of the aspect ratio")
+    cache_crops: int = option(
+        0,
+        "fixed crops per image whose targets, and tokens while the backbone is frozen, are computed once and kept on "
+        "disk (its cost is logged first); 0 computes fresh crops in every step, as the paper does (ours)",
+    )
+    cache_folder: str | None = option(
+        None, "where; runs of the same data, crops and weights share it; none = in the run"
+    )
+    cache_dtype: Literal["float16", "float32"] = option(
+        "float16", "numbers in the cache (ours: float16 halves the disk; float32 is exact)"
+    )
 
     # Optimisation.
     global_batch_size: int = option(256, "images per optimizer step over all ranks; accumulation follows from it")
@@ -292,6 +303,10 @@ class Recipe:
             raise InputError(f"seed={self.seed} must be at most {MAX_SEED}")
         if self.denoiser_layers + self.denoiser_single_layers < 1:
             raise InputError("denoiser_layers and denoiser_single_layers are both 0: the denoiser needs a block")
+        if self.cache_crops and self.target_size is not None:
+            raise InputError("cache_crops keeps crops of one size: leave target_size at none")
+        if self.cache_crops and self.objective == "contrast":
+            raise InputError("cache_crops needs objective=rebuild: the contrast sees a fresh second view of each image")
         self._check_condition()
         self._check_masked()
         for name, readers in READ_BY.items():

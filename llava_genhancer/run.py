@@ -33,7 +33,7 @@ MARKER = "complete.json"
 # Fields that may change between two starts of one run: they alter where or how often, never what is computed, or say
 # what to do where the run would end.
 HARMLESS_FIELDS = (
-    "name", "data", "image_folder", "keep_checkpoints", "sample_images", "sample_ode_steps",
+    "name", "data", "image_folder", "cache_folder", "keep_checkpoints", "sample_images", "sample_ode_steps",
     "stage1.save_steps", "stage1.sample_steps", "stage1.log_steps", "stage2.save_steps", "stage2.sample_steps",
     "stage2.log_steps", "on_bad_step", "spike_factor", "max_skipped_steps", "timeout_minutes",
 )  # fmt: skip

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from llava_genhancer.data.decode import BadImage
@@ -187,7 +187,7 @@ def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         if "problem" in sample:
             return sample
     return {
-        "images": torch.stack([s["image"] for s in samples]),
+        "images": default_collate([s["image"] for s in samples]),
         "keys": [s["key"] for s in samples],
         "read": sum(s["read"] for s in samples),
         "skipped": [pair for s in samples for pair in s["skipped"]],

@@ -37,7 +37,7 @@ class Enhancer(nn.Module):
         """The denoiser's loss, a scalar.
 
         Args:
-            pixel_values: images normalised for the backbone (B, 3, H, W).
+            pixel_values: images normalised for the backbone (B, 3, H, W), or what :meth:`tokens` gave for them.
             target: what to rebuild, as the target tokenizer gives it (B, ...).
             view_values: a second view of the same images (B, 3, H, W), for objectives that compare conditions.
             draws: the denoiser's random draws by name; what is absent comes from the global RNG.
@@ -47,6 +47,8 @@ class Enhancer(nn.Module):
 
     def tokens(self, pixel_values: Tensor) -> Tensor:
         """What the projector reads: global tokens (B, 1, D), or all (B, 1 + N, D); no graph where nothing learns."""
+        if pixel_values.ndim == 3:  # tokens already, from a cache
+            return pixel_values
         learns = any(p.requires_grad for p in self.backbone.parameters())
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             if self.projector.needs_locals:

@@ -37,6 +37,12 @@ def trainable_names(enhancer: Enhancer, recipe: Recipe, stage: int) -> set[str]:
     return names
 
 
+def frozen_backbone(recipe: Recipe, stage: int) -> bool:
+    """Whether the backbone is the pre-trained one from the beginning to the end of a stage."""
+    stages = [s for s in STAGES[:stage] if stage_recipe(recipe, s).max_steps > 0]
+    return all("backbone" not in stage_recipe(recipe, s).trains for s in stages)
+
+
 def build_stage(recipe: Recipe, stage: int, target: Target, results: Iterable[Path] = ()) -> Enhancer:
     """The enhancer ready to train ``stage``.
 

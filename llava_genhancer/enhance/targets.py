@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava_genhancer.enhance.pretrained import load_whole
 from llava_genhancer.enhance.vq import check_vq, load_vq_target
@@ -26,6 +26,10 @@ FLUX_VAE_CONFIG = Path(__file__).parent / "flux_vae"
 
 class Target(Protocol):
     """A frozen target tokenizer."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The frozen autoencoder."""
 
     def to(self, device: torch.device) -> Target:
         """Move the frozen weights."""
@@ -61,6 +65,11 @@ class VaeTarget:
         self.shift = float(vae.config.shift_factor or 0.0)
         self.channels = int(vae.config.latent_channels)
         self.downscale = 2 ** (len(vae.config.block_out_channels) - 1)
+
+    @property
+    def module(self) -> nn.Module:
+        """The frozen autoencoder."""
+        return self.vae
 
     def to(self, device: torch.device) -> VaeTarget:
         """Move the frozen weights."""

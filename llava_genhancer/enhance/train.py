@@ -22,6 +22,8 @@ from llava_genhancer.data.images import Source, fingerprint, open_source
 from llava_genhancer.data.loader import build_loader, check_readers
 from llava_genhancer.data.views import TrainView
 from llava_genhancer.enhance.backbones import check_backbone
+from llava_genhancer.enhance.cache import Cache
+from llava_genhancer.enhance.cache_fill import open_cache
 from llava_genhancer.enhance.enhancer import Enhancer
 from llava_genhancer.enhance.export import export_tower
 from llava_genhancer.enhance.size import check_size
@@ -99,9 +101,13 @@ def train_stage(recipe: Recipe, stage: int, run_dir: Path, source: Source, deeps
     with engine.without_zero_init(args):
         enhancer = build_stage(recipe, stage, target, [folder / WEIGHTS for folder in earlier])
     view = TrainView(enhancer.backbone.image_size, scale=recipe.crop_scale, ratio=recipe.crop_ratio)
+    cache = None
+    if recipe.cache_crops:
+        folder = Path(recipe.cache_folder or run_dir / "cache").expanduser()
+        cache = open_cache(recipe, stage, folder, source, target, enhancer, args.device)
     loader = build_loader(
-        source,
-        view,
+        cache.source if cache else source,
+        cache.view if cache else view,
         batch_size=recipe.per_device_batch_size,
         num_workers=recipe.num_workers,
         seed=recipe.seed + stage,
@@ -116,6 +122,7 @@ def train_stage(recipe: Recipe, stage: int, run_dir: Path, source: Source, deeps
         args,
         loader,
         target=target,
+        cache=cache,
         keep_checkpoints=recipe.keep_checkpoints,
         facts={
             "world_size": args.world_size,
@@ -154,15 +161,31 @@ def optimizer(recipe: Recipe, table: StageRecipe) -> tuple[type[torch.optim.Opti
 class EnhanceTrainer(ExactTrainer):
     """Feeds an :class:`Enhancer`: uint8 images become pixel values and frozen targets on the device."""
 
-    def __init__(self, enhancer: Enhancer, args: TrainingArguments, loader: Any, *, target: Target, **kwargs: Any):
+    def __init__(
+        self,
+        enhancer: Enhancer,
+        args: TrainingArguments,
+        loader: Any,
+        *,
+        target: Target,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(enhancer, args, loader, **kwargs)
-        self.enhancer, self.target = enhancer, target
+        self.enhancer, self.target, self.cache = enhancer, target, cache
 
     def batch_loss(self, model: Any, inputs: dict[str, Any], num_items: Any) -> Tensor:
         """The loss of a batch; ``draws`` in it replace the denoiser's random ones (tests)."""
-        images: Tensor = inputs["images"]
-        target = self.target.encode(images)
-        loss: Tensor = model(self.enhancer.backbone.normalise(images), target, None, inputs.get("draws"))
+        images: Any = inputs["images"]
+        if self.cache is None:
+            target, seen = self.target.encode(images), self.enhancer.backbone.normalise(images)
+        else:
+            target = self.target.draw(self.cache.numbers(images, "targets"))
+            frozen = "tokens" in images
+            seen = (
+                self.cache.numbers(images, "tokens") if frozen else self.enhancer.backbone.normalise(images["images"])
+            )
+        loss: Tensor = model(seen, target, None, inputs.get("draws"))
         return loss
 
 

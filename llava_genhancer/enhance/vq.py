@@ -48,6 +48,11 @@ class VqTarget:
         self.codes = len(codebook)
         self.downscale = 2 ** (len(vq.config.block_out_channels) - 1)
 
+    @property
+    def module(self) -> nn.Module:
+        """The frozen autoencoder."""
+        return self.vq
+
     def to(self, device: torch.device) -> VqTarget:
         """Move the frozen weights."""
         self.vq.to(device)
