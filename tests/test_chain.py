@@ -16,8 +16,8 @@ from llava_genhancer.errors import InputError
 from llava_genhancer.llava.recipes import get_recipe
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "enhance_then_llava.sh"
-TINY = ["enhance", "mmvp", "zero-shot", "probes", "pretrain", "finetune", "baseline-pretrain", "baseline-finetune",
-        "questions", "chat", "lmms", "report"]  # fmt: skip
+TINY = ["enhance", "mmvp", "zero-shot", "probes", "generation", "pretrain", "finetune", "baseline-pretrain",
+        "baseline-finetune", "questions", "chat", "lmms", "report"]  # fmt: skip
 
 
 def choices(preset: str = "tiny", **values) -> Choices:
@@ -30,10 +30,11 @@ def names(steps: list[Step]) -> list[str]:
 
 def test_the_steps_of_each_choice() -> None:
     assert names(plan(choices())) == TINY
-    assert names(plan(choices(tower="/some/tower"))) == TINY[1:]
-    assert names(plan(choices("vicuna-7b"))) == ["enhance", "pretrain", "finetune", "lmms", "report"]
+    assert names(plan(choices(tower="/some/tower"))) == [n for n in TINY[1:] if n != "generation"]
+    assert names(plan(choices(fields={"sample_images": "0"}))) == [n for n in TINY if n != "generation"]
+    assert names(plan(choices("vicuna-7b"))) == ["enhance", "generation", "pretrain", "finetune", "lmms", "report"]
     with_all = plan(choices("vicuna-13b", mmvp="pairs", zero_shot="sets", baseline=True))
-    assert names(with_all) == ["enhance", "mmvp", "zero-shot", *TINY[4:8], "lmms", "report"]
+    assert names(with_all) == ["enhance", "mmvp", "zero-shot", *TINY[4:9], "lmms", "report"]
 
 
 def test_another_recipe_enhances_and_its_backbone_is_the_original() -> None:

@@ -22,7 +22,7 @@ from llava_genhancer import run
 from llava_genhancer.ablate.grids import Cell, Grid, cell_recipe
 from llava_genhancer.chain.fork import options
 from llava_genhancer.chain.running import run_step
-from llava_genhancer.chain.steps import Choices, Step
+from llava_genhancer.chain.steps import Choices, Step, pictured
 from llava_genhancer.engine import stage_result
 from llava_genhancer.enhance.stages import WEIGHTS
 from llava_genhancer.errors import InputError
@@ -135,7 +135,7 @@ def _measuring(grid: Grid, recipe: Recipe, folder: Path, mmvp: str | None, zero_
         yield measure("zero-shot", "zero_shot", *towers, "--data", sets)
     if own:
         yield measure("probes", "probes", *towers)
-    if recipe.sample_images and (recipe.stage1.sample_steps or recipe.stage2.sample_steps):
+    if pictured(recipe):
         curve = ("--data", pairs) if pairs and grid.over_training else ()
         yield measure("generation", "generation", str(folder), *curve)
 

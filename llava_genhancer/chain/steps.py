@@ -107,6 +107,10 @@ def plan(choices: Choices) -> list[Step]:
         steps.append(_measure("zero-shot", command, run_dir, "zero_shot", [tower]))
     if choices.preset == "tiny":
         steps.append(_measure("probes", ["probes", original, tower], run_dir, "probes", [tower]))
+    if choices.tower is None and pictured(recipe):
+        scored = ("generation", str(run_dir), *(("--data", pairs) if pairs else ()))
+        result = run_dir / "eval" / "generation.json"
+        steps.append(Step("generation", scored, result=result, sources=(run_dir / "tower" / "config.json",)))
     data_of = llava_data(choices.preset, choices.llava_data)
     trained = [(run_dir, tower, "")]
     if choices.baseline or choices.preset == "tiny":
@@ -125,6 +129,12 @@ def plan(choices: Choices) -> list[Step]:
         replace(step, needs=tuple(needs(step.name, choices.preset, llava, data_of, choices.lmms_data)))
         for step in steps
     ]
+
+
+def pictured(recipe: recipes.Recipe) -> bool:
+    """Whether a run draws pictures that can be scored."""
+    drawn = any(stage.max_steps > 0 and stage.sample_steps > 0 for stage in (recipe.stage1, recipe.stage2))
+    return drawn and recipe.sample_images > 0
 
 
 def split_fields(fields: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
