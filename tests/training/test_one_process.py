@@ -323,6 +323,14 @@ def test_export_at_another_strength_and_step(finished, tiny_clip, tmp_path, caps
     assert all(torch.equal(zero[n], original[n]) for n in original)
     for n in original:
         assert torch.allclose(half[n], (original[n] + one[n]) / 2, atol=1e-6)
+    again = ("export", str(finished), "--output_dir", str(tmp_path / "half"), "--lora_scale")
+    assert run_cli(capsys, *again, "0.5")[0] == 0, "the same tower is up to date"
+    status, err = run_cli(capsys, *again, "0.25")
+    assert status == 2
+    assert "holds another tower" in err
+    assert "--overwrite" in err
+    assert run_cli(capsys, *again, "0.25", "--overwrite")[0] == 0
+    assert json.loads((tmp_path / "half" / "llava_genhancer.json").read_text())["lora_scale"] == 0.25
     status, err = run_cli(capsys, "export", str(finished), "--output_dir", str(tmp_path / "s"), "--step", "5")
     assert status == 2
     assert "kept are: 4" in err
