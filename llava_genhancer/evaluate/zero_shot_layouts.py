@@ -39,6 +39,7 @@ from llava_genhancer.run import read_json
 SPLITS = ("test", "val", "validation")
 LABELS = ("fine_label", "label", "labels", "cls")
 CAPTIONS = ("captions", "caption", "sentences", "txt")
+PICKLED = "cifar-100-python"
 HINT = (
     "give a data set's folder, or one that holds such folders: clip_benchmark's webdataset export, parquet, "
     "captions.jsonl, Karpathy's dataset_*.json, or a folder of images per class"
@@ -61,6 +62,8 @@ def find_folders(path: Path) -> list[Path]:
         return [path]
     if found := [p for p in folders if p in marked or _class_folders(p)]:
         return found
+    if path.name == PICKLED or any(path.glob(f"**/{PICKLED}")):
+        raise InputError(f"{path}: CIFAR-100's pickles can run code and are not read: get its parquet files instead")
     raise InputError(f"{path} holds no zero-shot data set: {HINT}")
 
 
@@ -87,7 +90,8 @@ def read_set(folder: Path) -> ZeroShotSet:
         if bare := [k for k, c in zip(found.images.keys, found.captions, strict=True) if not c]:
             raise InputError(f"{folder}: image {bare[0]} has no caption")
     elif wrong := [x for x in found.labels if not 0 <= x < len(found.classes)]:
-        raise InputError(f"{folder}: label {wrong[0]} has no name among its {len(found.classes)} class names")
+        hint = "; a split without labels? keep that with labels alone" if wrong[0] == -1 else ""
+        raise InputError(f"{folder}: label {wrong[0]} has no name among its {len(found.classes)} class names{hint}")
     return found
 
 
@@ -291,6 +295,8 @@ def _parquet(folder: Path, files: list[str]) -> ZeroShotSet:
             f"{folder}: needed are an image column and one of {', '.join(LABELS + CAPTIONS)}, and there are "
             f"{', '.join(rows.features)}"
         )
+    if "split" in rows.features and (of_test := [i for i, split in enumerate(rows["split"]) if split == "test"]):
+        rows = rows.select(of_test)
     pictures = rows.cast_column(column, datasets.Image(decode=False)).select_columns(column)
 
     def get(index: int) -> bytes:
@@ -302,9 +308,12 @@ def _parquet(folder: Path, files: list[str]) -> ZeroShotSet:
     if label is None:
         texts = [[t] if isinstance(t, str) else t for t in rows[caption]]
         return Retrieval(set_name(folder), folder, images, tuple(map(tuple, texts)))
-    feature = rows.features[label]
-    own = ([n.replace("_", " ") for n in feature.names], label) if isinstance(feature, datasets.ClassLabel) else None
-    names = _class_names(folder) or own
+    names = _class_names(folder)
+    if names is None and isinstance(feature := rows.features[label], datasets.ClassLabel):
+        # ImageNet's are lists of synonyms on the hub; in its order the names are known that everybody measures with.
+        known = packaged_classes("imagenet1k") if set_name(folder) == "imagenet1k" else None
+        own = [name.replace("_", " ") for name in feature.names]
+        names = (known, "clip_benchmark") if known and len(known) == len(own) else (own, label)
     if names is None:
         raise InputError(f"{folder}: its column {label} has no class names: add a classnames.txt, a line per class")
     return _named(folder, images, list(rows[label]), *names)

@@ -255,6 +255,21 @@ def test_wnids_take_the_names_known_for_them(tmp_path: Path) -> None:
         load_sets([tmp_path / "imagenet"])
 
 
+def test_a_hub_table_of_captions_with_its_splits_in_one_file(folder: Path, tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {"image": datasets.Image(), "caption": [datasets.Value("string")], "split": datasets.Value("string")}
+    )
+    rows = [{"image": {"bytes": picture(i)}, "caption": captions_of(i), "split": "test"} for i in range(8)]
+    rows.insert(2, {"image": {"bytes": picture(99)}, "caption": ["no"], "split": "train"})
+    (tmp_path / "flickr30k" / "data").mkdir(parents=True)
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "flickr30k" / "data" / "all.parquet")
+    first, other = of_one(folder / "flickr30k"), of_one(tmp_path)
+    assert (other.name, other.captions) == ("flickr30k", first.captions)
+    assert [other.images.get(i) for i in range(8)] == [first.images.get(i) for i in range(8)]
+
+
 # --- intervals, comparisons, files ----------------------------------------------------------------------------------
 
 
@@ -383,6 +398,9 @@ def test_what_is_no_set_is_refused(tmp_path: Path, clip: Tower) -> None:
         load_sets([tmp_path / "absent"])
     with pytest.raises(InputError, match="holds no zero-shot data set"):
         load_sets([tmp_path])
+    (tmp_path / "sets" / "cifar-100-python").mkdir(parents=True)
+    with pytest.raises(InputError, match="pickles can run code"):
+        load_sets([tmp_path / "sets"])
     root = by_jsonl(tmp_path / "sets" / "coco")
     lines = (root / "captions.jsonl").read_text()
     (root / "captions.jsonl").write_text(lines + '\n{"image": "../../x.png", "captions": ["a"]}')
