@@ -83,7 +83,10 @@ def tower_folder(name: str) -> str:
         stat = path.stat()
         key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
         folder = _cache() / f"{path.stem}-{key}"
-        return str(folder if is_tower(folder) else convert(str(path), folder))
+        try:
+            return str(folder if is_tower(folder) else convert(str(path), folder))
+        except InputError as error:
+            raise InputError(f"{error} (of `llava-genhancer convert {name} --output_dir DIR`)") from None
     return hf.local(name)
 
 
