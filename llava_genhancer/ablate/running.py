@@ -82,7 +82,7 @@ def plan(
         zero_shot: folder of zero-shot data sets; likewise.
 
     Raises:
-        InputError: no such recipe or field, or no images.
+        InputError: no such recipe or field, or no images or pairs.
     """
     if seeds < 1:
         raise InputError(f"--seeds {seeds}: one at least")
@@ -91,6 +91,8 @@ def plan(
     for seed in range(first, first + seeds):
         for cell in grid.cells:
             recipe = _with_data(cell_recipe(grid, cell, name, {**fields, "seed": seed}))
+            if mmvp is None and not _toy(recipe):
+                raise InputError("add --mmvp DIR (MMVP-VLM's folder): it is what cells are compared by")
             folder = output_dir / cell.folder / f"seed-{seed}"
             twins = tuple(job.folder for job in jobs if _same_stage1(job.recipe, recipe))
             steps = _training(recipe, cell.start(name), folder), *_measuring(grid, recipe, folder, mmvp, zero_shot)

@@ -167,8 +167,27 @@ def test_a_plan_names_what_it_lacks():
         plan(GRIDS["table4"], "tinny", Path("OUT"), {})
     with pytest.raises(InputError, match="no images given"):
         plan(GRIDS["table4"], NAME, Path("OUT"), {})
+    with pytest.raises(InputError, match="add --mmvp DIR"):
+        plan(GRIDS["table4"], NAME, Path("OUT"), {"data": "images"})
     with pytest.raises(InputError, match="--seeds 0"):
         plan(GRIDS["table4"], "tiny", Path("OUT"), {}, seeds=0)
+
+
+def test_a_large_plan_has_the_commands_of_a_large_run():
+    fields = {"data": "images", "stage2.max_steps": "2000"}
+    (first, *_) = plan(GRIDS["table4"], NAME, Path("OUT"), fields, mmvp="MMVP_VLM", zero_shot="sets")
+    assert [step.name for step in first.steps] == ["enhance", "mmvp-vlm", "zero-shot", "generation"]
+    assert first.steps[0].zero == "zero2"
+    words = first.steps[0].command
+    assert words[:4] == ("enhance", f"{NAME}-flow", "--output_dir", "OUT/uniform/seed-0")
+    changes = dict(zip(words[4::2], words[5::2], strict=True))
+    assert changes == {
+        "--t_sampling": "uniform", "--data": "images", "--stage2.max_steps": "2000", "--sample_images": "32",
+    }  # fmt: skip
+    assert first.steps[1].command == (
+        "mmvp-vlm", "openai/clip-vit-large-patch14", "OUT/uniform/seed-0/tower", "--data", "MMVP_VLM",
+        "--output", "OUT/uniform/seed-0/eval/mmvp_vlm.json",
+    )  # fmt: skip
 
 
 def test_the_base_of_a_recipe_is_its_name_without_the_method():
