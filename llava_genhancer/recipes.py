@@ -82,6 +82,7 @@ READ_BY = {
     "masked_positions": ("masked",),
     "unmask_temperature": ("masked",),
     "denoiser_weights": ("flow", "unet"),
+    "denoiser_dtype": ("flow", "unet"),
     "denoiser_single_layers": ("flow",),
     "denoiser_rope_axes": ("flow",),
     "vec_dim": ("flow",),
@@ -109,7 +110,9 @@ class Recipe:
 
     # The eye.
     backbone: str = option(
-        "openai/clip-vit-large-patch14", "folder or hub id of a CLIPModel, SiglipModel, Siglip2Model"
+        "openai/clip-vit-large-patch14",
+        "folder or hub id of a CLIPModel, SiglipModel or Siglip2Model; EVA-CLIP's folder in open_clip's format; a weight "
+        "file or released tower that `convert` takes",
     )
     image_size: int | None = option(None, "training resolution in pixels; none = the backbone's own (ours)")
     condition: Literal["cls", "locals", "pooled"] = option(
@@ -132,6 +135,9 @@ class Recipe:
     )
     denoiser_weights: str | None = option(
         None, "pretrained denoiser: diffusers folder or hub id; none = random init, as in the paper's light ones"
+    )
+    denoiser_dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "a pretrained denoiser's weights (ours: bfloat16 halves a frozen one's memory)"
     )
     target_size: int | None = option(None, "pixels that the target tokenizer sees; none = image_size")
     vae: str = option(
@@ -309,6 +315,7 @@ class Recipe:
             raise InputError("cache_crops needs objective=rebuild: the contrast sees a fresh second view of each image")
         self._check_condition()
         self._check_masked()
+        self._check_pretrained()
         for name, readers in READ_BY.items():
             if self.denoiser not in readers and getattr(self, name) != getattr(Recipe, name):
                 raise InputError(
@@ -333,6 +340,19 @@ class Recipe:
             )
         if self.masked_positions == "sincos" and width % 4:
             raise InputError(f"masked_positions=sincos needs a width that 4 divides, not {width}")
+
+    def _check_pretrained(self) -> None:
+        if self.denoiser == "unet" and self.denoiser_weights is None:
+            raise InputError("denoiser=unet needs denoiser_weights: a Stable Diffusion folder or hub id")
+        if self.denoiser_weights is None and self.denoiser_dtype != "float32":
+            raise InputError(f"denoiser_dtype={self.denoiser_dtype} needs denoiser_weights: a new denoiser is float32")
+        learns = [s for s in (self.stage1, self.stage2) if s.max_steps > 0 and "denoiser" in s.trains]
+        if self.denoiser_dtype != "float32" and learns:
+            raise InputError(f"denoiser_dtype={self.denoiser_dtype} is for a frozen denoiser: take it out of `trains`")
+        if self.objective == "contrast" and self.per_device_batch_size < 2:
+            raise InputError("objective=contrast compares images of a micro-batch: per_device_batch_size of 2 at least")
+        if self.objective == "contrast" and self.draws_per_image > 1:
+            raise InputError("objective=contrast takes one draw per image: draws_per_image=1")
 
     def _check_condition(self) -> None:
         if not 0 <= self.local_ratio <= 1:
@@ -413,7 +433,118 @@ def masked(recipe: Recipe) -> Recipe:
     return _under(recipe, "masked", **size)
 
 
-PARADIGMS: dict[str, Callable[[Recipe], Recipe]] = {"flow": lambda recipe: recipe, "masked": masked}
+SD21_BASE, SD21 = "stabilityai/stable-diffusion-2-1-base", "stabilityai/stable-diffusion-2-1"
+
+
+def _stable_diffusion(recipe: Recipe, weights: str, side: int, **fields: Any) -> Recipe:
+    """``recipe`` with a frozen Stable Diffusion as denoiser, its VAE and its conditions' width."""
+    if recipe.name == "tiny":
+        size: dict[str, Any] = {"denoiser_weights": "toyworld:sd", "txt_dim": 96}
+    else:
+        size = {"denoiser_weights": weights, "vae": weights, "target_size": side, "txt_dim": 1024}
+    return _under(recipe, "unet", **size, **fields)
+
+
+def diva(recipe: Recipe) -> Recipe:
+    """DIVA (arXiv 2407.20171): a frozen Stable Diffusion 2.1 (base) judges what the whole eye, fine-tuned, tells it.
+
+    One stage, by the released code: 4 600 steps of SGD at 1e-4, batch 640 (8 x 16 x 5), the projector learning along
+    from random weights. OpenAI's towers tell the CLS and 76 locals drawn with replacement, MetaCLIP's the CLS and all
+    locals, SigLIP's the pooled token and the mean of the locals.
+
+    Its paper's MMVP-VLM: 25.9, 25.2, 27.4, 31.9, 40.7, 38.5 in the order of Table 1. Not yet run by us at full size.
+    Departures: images reach the VAE in [-1, 1] and the tower by its own statistics; where a paper's batch is the sum of
+    two backward passes, ours is their mean.
+    """
+    tiny = recipe.name == "tiny"
+    if "siglip" in recipe.name:
+        told: dict[str, Any] = {"condition": "pooled"}
+    elif "metaclip" in recipe.name:
+        told = {"condition": "locals"}
+    else:
+        told = {"condition": "locals", "local_count": 76, "local_replacement": True}
+    steps = 400 if tiny else 4_600
+    return _stable_diffusion(
+        recipe,
+        SD21_BASE,
+        512,
+        **told,
+        projector="linear",
+        vae_posterior="mean",
+        draws_per_image=2,
+        lora_rank=0,
+        optimizer="sgd",
+        momentum=0.9,
+        weight_decay=0.0,
+        global_batch_size=32 if tiny else 640,
+        stage1=dataclasses.replace(recipe.stage1, max_steps=0, warmup_steps=0),
+        stage2=dataclasses.replace(
+            recipe.stage2,
+            trains=("backbone", "projector"),
+            learning_rate=1e-2 if tiny else 1e-4,
+            max_steps=steps,
+            lr_scheduler="cosine",
+            warmup_steps=steps // 200,
+            snapshot_steps=tuple(s for s in recipe.stage2.snapshot_steps if s <= steps),
+        ),
+    )
+
+
+def dcr(recipe: Recipe) -> Recipe:
+    """DCR (arXiv 2603.04803): a contrast between what a frozen Stable Diffusion 2.1 predicts under each image's CLS.
+
+    Stage 1 trains the projector for 100 000 steps, stage 2 the tower's LoRA for 4 600. A micro-batch of B images costs
+    B + 1 passes of the UNet over all of it, so B is small here and its activations are recomputed; 512 px like DIVA
+    (ours).
+
+    Its paper's MMVP-VLM: 33.3, 31.1, 32.6, 37.8, 43.0, 42.2 in the order of Table 1. Not yet run by us at full size.
+    """
+    size: dict[str, Any] = {"per_device_batch_size": 8, "gradient_checkpointing": True}
+    steps, snapshots = 4_600, tuple(s for s in recipe.stage2.snapshot_steps if s <= 4_600)
+    if recipe.name == "tiny":
+        size, steps, snapshots = {"per_device_batch_size": 8}, 200, (50, 100, 200)
+    return _stable_diffusion(
+        recipe,
+        SD21,
+        512,
+        **size,
+        objective="contrast",
+        stage1=dataclasses.replace(
+            recipe.stage1, trains=("projector",), max_steps=200 if recipe.name == "tiny" else recipe.stage1.max_steps
+        ),
+        stage2=dataclasses.replace(recipe.stage2, max_steps=steps, snapshot_steps=snapshots),
+    )
+
+
+def flux(recipe: Recipe) -> Recipe:
+    """Table 7: the pretrained FLUX.1-dev (11.9 B parameters) in the light denoiser's place, frozen.
+
+    The paper does not say whether the denoiser learns in stage 1; frozen in bfloat16 (ours) it fits one GPU.
+    ``--stage1.trains projector,denoiser --denoiser_dtype float32`` and a DeepSpeed JSON train it.
+
+    MMVP-VLM in the paper: 32.6 (OpenAI@224) and 37.1 (MetaCLIP-H). Not yet run by us at full size.
+    """
+    size: dict[str, Any]
+    if recipe.name == "tiny":
+        size = {"denoiser_weights": "toyworld:flux", "vec_dim": 96, "txt_dim": 96}
+    else:
+        size = {
+            "denoiser_weights": "black-forest-labs/FLUX.1-dev",
+            "denoiser_dtype": "bfloat16",
+            "denoiser_layers": 19,
+            "denoiser_single_layers": 38,
+            "gradient_checkpointing": True,
+        }
+    return _under(recipe, "flow", **size, stage1=dataclasses.replace(recipe.stage1, trains=("projector",)))
+
+
+PARADIGMS: dict[str, Callable[[Recipe], Recipe]] = {
+    "flow": lambda recipe: recipe,
+    "masked": masked,
+    "diva": diva,
+    "dcr": dcr,
+    "flux": flux,
+}
 
 
 def get_recipe(name: str) -> Recipe:

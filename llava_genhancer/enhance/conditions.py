@@ -23,6 +23,17 @@ class Condition(NamedTuple):
     vec: Tensor | None
     txt: Tensor | None
 
+    @property
+    def batch(self) -> int:
+        """Number of images told."""
+        told = self.txt if self.vec is None else self.vec
+        assert told is not None
+        return len(told)
+
+    def roll(self, places: int) -> Condition:
+        """Each image's condition given to the one ``places`` after it."""
+        return Condition(*(None if told is None else told.roll(places, 0) for told in self))
+
 
 def _mlp(token_dim: int, out_dim: int) -> nn.Module:
     return nn.Sequential(nn.LayerNorm(token_dim), nn.Linear(token_dim, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim))

@@ -19,13 +19,14 @@ from llava_genhancer.recipes import Recipe
 class Enhancer(nn.Module):
     """One call, ``forward(pixel_values, target) -> loss``; its three parts are what a stage table names."""
 
-    def __init__(self, backbone: VisionBackbone, projector: Projector, denoiser: nn.Module):
+    def __init__(self, backbone: VisionBackbone, projector: Projector, denoiser: nn.Module, draws_per_image: int = 1):
         super().__init__()
         # A training engine sizes its "auto" buckets by the model's width.
         self.config = PretrainedConfig(hidden_size=denoiser.width)
         self.backbone = backbone
         self.projector = projector
         self.denoiser = denoiser
+        self.draws_per_image = draws_per_image
 
     def forward(
         self,
@@ -43,7 +44,9 @@ class Enhancer(nn.Module):
             draws: the denoiser's random draws by name; what is absent comes from the global RNG.
         """
         views = [pixel_values] if view_values is None else [pixel_values, view_values]
-        return self.denoiser(target, *map(self.condition, views), **(draws or {}))
+        # Every draw tells the denoiser local tokens of its own.
+        told = [self.projector(self.tokens(seen).repeat(self.draws_per_image, 1, 1)) for seen in views]
+        return self.denoiser(target, *told, **(draws or {}))
 
     def tokens(self, pixel_values: Tensor) -> Tensor:
         """What the projector reads: global tokens (B, 1, D), or all (B, 1 + N, D); no graph where nothing learns."""
@@ -81,4 +84,4 @@ def build_enhancer(recipe: Recipe, target: Target) -> Enhancer:
         torch.manual_seed(recipe.seed)
         projector = Projector(recipe, backbone.token_dim)
         denoiser = DENOISERS[recipe.denoiser].from_recipe(recipe, target, recipe.target_size or backbone.image_size)
-    return Enhancer(backbone, projector, denoiser).requires_grad_(False)
+    return Enhancer(backbone, projector, denoiser, recipe.draws_per_image).requires_grad_(False)

@@ -1,6 +1,9 @@
-"""Rectified flow as pure functions (paper section 3.2; SD3, arXiv 2403.03206): no network in here.
+"""Paths from data to noise and losses on what is predicted there, as pure functions: no network in here.
 
-Legend: B batch, ... any data shape. Convention of FLUX: t = 0 is clean, t = 1 is noise.
+Rectified flow (paper section 3.2; SD3, arXiv 2403.03206) by FLUX's convention: t = 0 is clean, t = 1 is noise; Stable
+Diffusion's discrete steps, of which 0 is the cleanest.
+
+Legend: B batch, ... any data shape.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor
 
 TSampling = Literal["logit_normal", "uniform"]
+Prediction = Literal["epsilon", "v_prediction"]
 
 
 def sample_t(
@@ -54,6 +58,51 @@ def rectified_flow_path(clean: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor
     return (1 - t) * clean + t * noise, noise - clean
 
 
-def velocity_loss(predicted: Tensor, velocity: Tensor) -> Tensor:
-    """Mean squared error over everything, in fp32."""
-    return torch.nn.functional.mse_loss(predicted.float(), velocity.float())
+def velocity_loss(predicted: Tensor, truth: Tensor) -> Tensor:
+    """Mean squared error over everything, in fp32; of noise as well as of velocities."""
+    return torch.nn.functional.mse_loss(predicted.float(), truth.float())
+
+
+def diffusion_path(
+    clean: Tensor, noise: Tensor, alphas_cumprod: Tensor, prediction: Prediction = "epsilon"
+) -> tuple[Tensor, Tensor]:
+    """Stable Diffusion's variance-preserving path (DDPM, arXiv 2006.11239; v: arXiv 2202.00512, appendix D).
+
+    Args:
+        clean: data (B, ...).
+        noise: standard normal, same shape.
+        alphas_cumprod: share of the signal's variance that is left, a (B,) in (0, 1).
+        prediction: what the network gives.
+
+    Returns:
+        ``x_t = sqrt(a) clean + sqrt(1 - a) noise``, and what is predicted there: ``noise`` for "epsilon",
+        ``sqrt(a) noise - sqrt(1 - a) clean`` for "v_prediction"; both (B, ...), fp32.
+    """
+    clean, noise = clean.float(), noise.float()
+    a = alphas_cumprod.float().view(-1, *[1] * (clean.ndim - 1))
+    signal, spread = a.sqrt(), (1 - a).sqrt()
+    return signal * clean + spread * noise, noise if prediction == "epsilon" else signal * noise - spread * clean
+
+
+def contrast_loss(anchors: Tensor, positives: list[Tensor], negatives: Tensor, temperature: float) -> Tensor:
+    """InfoNCE between predictions (DCR, arXiv 2603.04803): what the own condition predicts against the others'.
+
+    Each positive makes a loss of its own against all negatives; the mean over positives and batch is returned.
+
+    Args:
+        anchors: predictions at B noisy images (B, ...).
+        positives: each (B, ...), what row i of the anchors should be like.
+        negatives: (K, B, ...), K predictions at each noisy image that it should be unlike.
+        temperature: of the cosines, above 0.
+    """
+
+    def unit(x: Tensor, keep: int) -> Tensor:
+        return torch.nn.functional.normalize(x.float().flatten(keep), dim=-1)
+
+    anchor = unit(anchors, 1)
+    unlike = (anchor * unit(negatives, 2)).sum(-1).T  # (B, K)
+    losses = []
+    for positive in positives:
+        like = (anchor * unit(positive, 1)).sum(-1, keepdim=True)
+        losses.append(like[:, 0] / temperature - (torch.cat([like, unlike], 1) / temperature).logsumexp(1))
+    return -torch.stack(losses).mean()

@@ -20,12 +20,13 @@ from transformers import TrainerCallback, TrainingArguments
 from llava_genhancer import engine, run
 from llava_genhancer.data.images import Source, fingerprint, open_source
 from llava_genhancer.data.loader import build_loader, check_readers
-from llava_genhancer.data.views import TrainView
+from llava_genhancer.data.views import SecondView, TrainView, shrink
 from llava_genhancer.enhance.backbones import check_backbone
 from llava_genhancer.enhance.cache import Cache
 from llava_genhancer.enhance.cache_fill import open_cache
 from llava_genhancer.enhance.enhancer import Enhancer
 from llava_genhancer.enhance.export import export_tower
+from llava_genhancer.enhance.pretrained import check_denoiser
 from llava_genhancer.enhance.size import check_size
 from llava_genhancer.enhance.stages import WEIGHTS, build_stage, stage_recipe
 from llava_genhancer.enhance.targets import Target, check_target, load_target
@@ -66,6 +67,7 @@ def enhance(
     engine.accumulation(recipe.global_batch_size, recipe.per_device_batch_size)  # refused before a manifest says it
     check_backbone(recipe.backbone)
     check_target(recipe)
+    check_denoiser(recipe)
     check_size(recipe)
     source = open_source(recipe.data, image_folder=recipe.image_folder)
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -100,7 +102,8 @@ def train_stage(recipe: Recipe, stage: int, run_dir: Path, source: Source, deeps
     target = load_target(recipe).to(args.device)
     with engine.without_zero_init(args):
         enhancer = build_stage(recipe, stage, target, [folder / WEIGHTS for folder in earlier])
-    view = TrainView(enhancer.backbone.image_size, scale=recipe.crop_scale, ratio=recipe.crop_ratio)
+    side = max(enhancer.backbone.image_size, recipe.target_size or 0)
+    view = TrainView(side, scale=recipe.crop_scale, ratio=recipe.crop_ratio)
     cache = None
     if recipe.cache_crops:
         folder = Path(recipe.cache_folder or run_dir / "cache").expanduser()
@@ -122,6 +125,8 @@ def train_stage(recipe: Recipe, stage: int, run_dir: Path, source: Source, deeps
         args,
         loader,
         target=target,
+        target_size=recipe.target_size,
+        second_view=SecondView() if recipe.objective == "contrast" else None,
         cache=cache,
         keep_checkpoints=recipe.keep_checkpoints,
         facts={
@@ -141,7 +146,7 @@ def train_stage(recipe: Recipe, stage: int, run_dir: Path, source: Source, deeps
     if not pictures or args.process_index > 0:
         target.drop_decoder()
     if pictures:
-        images = _preview(source, recipe.sample_images, enhancer.backbone.image_size)
+        images = _preview(source, recipe.sample_images, side)
         trainer.add_callback(_Pictures(trainer, images, table.sample_steps))
     final = trainer.run()
     engine.finish_stage(trainer, final, time.time() - started, stage=stage)
@@ -168,24 +173,33 @@ class EnhanceTrainer(ExactTrainer):
         loader: Any,
         *,
         target: Target,
+        target_size: int | None = None,
+        second_view: SecondView | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ):
         super().__init__(enhancer, args, loader, **kwargs)
         self.enhancer, self.target, self.cache = enhancer, target, cache
+        self.target_size, self.second_view = target_size or enhancer.backbone.image_size, second_view
+
+    def see(self, images: Tensor) -> Tensor:
+        """uint8 images of any side as the backbone's ``pixel_values``."""
+        backbone = self.enhancer.backbone
+        return backbone.normalise(shrink(images, backbone.image_size))
 
     def batch_loss(self, model: Any, inputs: dict[str, Any], num_items: Any) -> Tensor:
         """The loss of a batch; ``draws`` in it replace the denoiser's random ones (tests)."""
         images: Any = inputs["images"]
+        view = None if self.second_view is None else self.see(self.second_view(images))
         if self.cache is None:
-            target, seen = self.target.encode(images), self.enhancer.backbone.normalise(images)
+            target, seen = self.target.encode(shrink(images, self.target_size)), self.see(images)
         else:
             target = self.target.draw(self.cache.numbers(images, "targets"))
             frozen = "tokens" in images
             seen = (
                 self.cache.numbers(images, "tokens") if frozen else self.enhancer.backbone.normalise(images["images"])
             )
-        loss: Tensor = model(seen, target, None, inputs.get("draws"))
+        loss: Tensor = model(seen, target, view, inputs.get("draws"))
         return loss
 
 
@@ -197,7 +211,8 @@ class _Pictures(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.rank == 0:
-            _write_strip(self.trainer.stage_dir / "samples" / "originals.png", self.images)
+            originals = shrink(self.images, self.trainer.target_size)
+            _write_strip(self.trainer.stage_dir / "samples" / "originals.png", originals)
         if state.global_step == 0:
             self.draw(0)
 
@@ -210,9 +225,7 @@ class _Pictures(TrainerCallback):
         images = self.images.to(trainer.args.device)
         # Every rank takes part: under ZeRO-3 no rank has the weights alone.
         with trainer.compute_loss_context_manager():
-            latents = trainer.enhancer.rebuild(
-                trainer.enhancer.backbone.normalise(images), torch.Generator().manual_seed(0)
-            )
+            latents = trainer.enhancer.rebuild(trainer.see(images), torch.Generator().manual_seed(0))
         if trainer.rank == 0:
             _write_strip(trainer.stage_dir / "samples" / f"step-{step:06d}.png", trainer.target.decode(latents).cpu())
 

@@ -28,7 +28,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from llava_genhancer.toyworld.paths import SHIPPED, resolve
+from llava_genhancer.toyworld.paths import resolve
 from llava_genhancer.toyworld.scenes import IMAGE_SIZE
 from llava_genhancer.toyworld.tokenizer import MAX_LENGTH, write_tokenizer
 
@@ -39,6 +39,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+TRAINED_HERE = ("clip", "vae", "vq", "llama")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -178,14 +179,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=24_000, help="rendered training images for CLIP, VAE and VQ-VAE")
     parser.add_argument("--threads", type=int, default=1, help="the exact weights depend on this number too")
-    parser.add_argument("--only", choices=SHIPPED, help="train one of them")
+    parser.add_argument("--only", choices=TRAINED_HERE, help="train one of them")
     arguments = parser.parse_args(argv)
     from llava_genhancer.toyworld import language, training
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(arguments.threads)
     logger.info("seed %d, %d thread(s)", arguments.seed, arguments.threads)
-    chosen = [arguments.only] if arguments.only else list(SHIPPED)
+    chosen = [arguments.only] if arguments.only else list(TRAINED_HERE)
     if "llama" in chosen:
         language.save_llama(language.train_llama(seed=arguments.seed), arguments.output / "llama", half=True)
     if chosen == ["llama"]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 CACHE_NAME = "toyworld-v1"
 _WEIGHTS = Path(__file__).parent / "weights"
-SHIPPED = ("clip", "vae", "vq", "llama")
+SHIPPED = ("clip", "vae", "vq", "llama", "sd", "flux")
 
 
 def resolve(name: str) -> str:

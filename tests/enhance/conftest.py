@@ -49,6 +49,26 @@ def tiny_target(tiny_vae: Path) -> VaeTarget:
 
 
 @pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion folder that predicts noise: random UNet for the tiny VAE, the toy world's text encoder."""
+    from llava_genhancer.toyworld.diffusion import build_unet, save_stable_diffusion
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return save_stable_diffusion(build_unet((16, 32)), tmp_path_factory.mktemp("models") / "sd")
+
+
+@pytest.fixture(scope="session")
+def unet_recipe_of(tiny_fields: dict[str, object], tiny_sd: Path) -> RecipeOf:
+    """The tiny run's recipe with that UNet as denoiser, frozen."""
+    unread = {name for name, readers in recipes.READ_BY.items() if "unet" not in readers}
+    fields = {name: value for name, value in tiny_fields.items() if name not in unread}
+    fields |= {"denoiser": "unet", "denoiser_weights": str(tiny_sd), "condition_into": "txt", "txt_dim": 96}
+    fields |= {"stage1.trains": "projector"}
+    return lambda **changes: recipes.override(recipes.Recipe(), {**fields, **changes})
+
+
+@pytest.fixture(scope="session")
 def masked_recipe_of(masked_fields: dict[str, object]) -> RecipeOf:
     """The tiny run's recipe with the discrete denoiser."""
     return lambda **changes: recipes.override(recipes.Recipe(), {**masked_fields, **changes})

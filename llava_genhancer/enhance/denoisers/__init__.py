@@ -6,7 +6,8 @@ from typing import Any
 
 from llava_genhancer.enhance.denoisers.flow import FlowDenoiser
 from llava_genhancer.enhance.denoisers.masked import MaskedDenoiser
+from llava_genhancer.enhance.denoisers.unet import UNetDenoiser
 
 # A denoiser has ``from_recipe(recipe, target, image_size)``, ``width``, ``forward(target, condition, **draws) -> loss``
 # in fp32, where absent draws come from the global RNG, and ``sample(condition, generator) -> target``.
-DENOISERS: dict[str, Any] = {"flow": FlowDenoiser, "masked": MaskedDenoiser}
+DENOISERS: dict[str, Any] = {"flow": FlowDenoiser, "masked": MaskedDenoiser, "unet": UNetDenoiser}

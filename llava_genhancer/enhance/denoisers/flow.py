@@ -1,4 +1,4 @@
-"""The continuous denoiser: a light FLUX-like DiT that predicts the velocity of rectified flow (paper section 3.2).
+"""The continuous denoiser: FLUX's DiT, light or pretrained, predicts the velocity of rectified flow (section 3.2).
 
 Legend: B batch, C latent channels, S latent side, N = (S/2)^2 image tokens, E = 4 C token width.
 """
@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from llava_genhancer.enhance.conditions import Condition
-from llava_genhancer.enhance.objectives import rectified_flow_path, sample_t, velocity_loss
+from llava_genhancer.enhance.denoisers.continuous import ContinuousDenoiser
+from llava_genhancer.enhance.objectives import rectified_flow_path, sample_t
+from llava_genhancer.enhance.pretrained import FLUX_CONFIG, load_pretrained
 from llava_genhancer.enhance.targets import VaeTarget
+from llava_genhancer.errors import InputError
 from llava_genhancer.recipes import Recipe
 
 
@@ -30,16 +33,29 @@ def unpatchify(tokens: Tensor) -> Tensor:
     return tokens.reshape(b, side, side, e // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, e // 4, side * 2, side * 2)
 
 
-class FlowDenoiser(nn.Module):
+# Recipe fields that a pretrained transformer's config states too.
+FLUX_FACTS = {
+    "denoiser_layers": "num_layers",
+    "denoiser_single_layers": "num_single_layers",
+    "denoiser_heads": "num_attention_heads",
+    "denoiser_head_dim": "attention_head_dim",
+    "denoiser_rope_axes": "axes_dims_rope",
+    "vec_dim": "pooled_projection_dim",
+    "txt_dim": "joint_attention_dim",
+}
+
+
+class FlowDenoiser(ContinuousDenoiser):
     """diffusers' ``FluxTransformer2DModel`` with t kept in fp32, and its training loss and ODE sampler.
 
     With the paper's recipe it has exactly the reference's 1 310 154 816 parameters.
+
+    Args:
+        transformer: a pretrained one; none = the recipe's, of random weights.
     """
 
-    def __init__(self, recipe: Recipe, latent_channels: int, latent_side: int):
-        super().__init__()
-        from diffusers import FluxTransformer2DModel
-
+    def __init__(self, recipe: Recipe, latent_channels: int, latent_side: int, transformer: Any = None):
+        super().__init__(recipe)
         self.t_sampling, self.t_scale, self.t_shift = recipe.t_sampling, recipe.t_scale, recipe.t_shift
         self.t_dtype = getattr(torch, recipe.t_dtype)
         self.guidance = recipe.guidance
@@ -47,17 +63,7 @@ class FlowDenoiser(nn.Module):
         self.width = recipe.denoiser_heads * recipe.denoiser_head_dim
         self.token_shape = ((latent_side // 2) ** 2, latent_channels * 4)
         self.vec_dim, self.txt_dim = recipe.vec_dim, recipe.txt_dim
-        self.transformer = FluxTransformer2DModel(
-            in_channels=latent_channels * 4,
-            num_layers=recipe.denoiser_layers,
-            num_single_layers=recipe.denoiser_single_layers,
-            attention_head_dim=recipe.denoiser_head_dim,
-            num_attention_heads=recipe.denoiser_heads,
-            joint_attention_dim=recipe.txt_dim,
-            pooled_projection_dim=recipe.vec_dim,
-            guidance_embeds=True,
-            axes_dims_rope=recipe.denoiser_rope_axes,
-        )
+        self.transformer = new_transformer(recipe, latent_channels) if transformer is None else transformer
         if recipe.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self._t: Tensor | None = None
@@ -65,8 +71,34 @@ class FlowDenoiser(nn.Module):
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, target: VaeTarget, image_size: int) -> FlowDenoiser:
-        """The recipe's denoiser for the latents of an image of ``image_size`` pixels."""
-        return cls(recipe, target.channels, target.latent_side(image_size))
+        """The recipe's denoiser for the latents of an image of ``image_size`` pixels.
+
+        Raises:
+            InputError: the pretrained one cannot be loaded, or is made for another VAE.
+        """
+        transformer = None if recipe.denoiser_weights is None else load_flux(recipe)
+        if transformer is not None and transformer.config.in_channels != target.channels * 4:
+            raise InputError(
+                f"denoiser_weights {recipe.denoiser_weights} rebuilds latents of "
+                f"{transformer.config.in_channels // 4} channels, and vae {recipe.vae} gives {target.channels}"
+            )
+        return cls(recipe, target.channels, target.latent_side(image_size), transformer)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Tokens (B, N, E)."""
+        return patchify(latents)
+
+    def sample_t(self, batch: int, device: torch.device) -> Tensor:
+        """Times (B,) in (0, 1)."""
+        return sample_t(batch, self.t_sampling, self.t_scale, self.t_shift, device=device)
+
+    def path(self, clean: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The straight path and its velocity."""
+        return rectified_flow_path(clean, noise, t)
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The velocity."""
+        return self.velocity(x_t, t, condition)
 
     def _restore_t(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Undo the transformer's rounding of t to the activations' dtype before the sinusoid of 1000 t."""
@@ -89,30 +121,11 @@ class FlowDenoiser(nn.Module):
             encoder_hidden_states=txt.to(dtype),
             pooled_projections=vec.to(dtype),
             timestep=t,
-            guidance=torch.full_like(t, self.guidance),
+            guidance=torch.full_like(t, self.guidance) if self.transformer.config.guidance_embeds else None,
             img_ids=ids.flatten(0, 1),
             txt_ids=torch.zeros(txt.shape[1], 3, device=x_t.device),
             return_dict=False,
         )[0]
-
-    def forward(
-        self, target: Tensor, condition: Condition, noise: Tensor | None = None, t: Tensor | None = None
-    ) -> Tensor:
-        """Training loss, a scalar in fp32.
-
-        Args:
-            target: clean latents (B, C, S, S).
-            condition: what the backbone saw.
-            noise: standard normal tokens (B, N, E); drawn from the global RNG if absent.
-            t: times (B,) in [0, 1]; drawn likewise.
-        """
-        clean = patchify(target)
-        if t is None:
-            t = sample_t(len(clean), self.t_sampling, self.t_scale, self.t_shift, device=clean.device)
-        if noise is None:
-            noise = torch.randn_like(clean, dtype=torch.float32)
-        x_t, velocity = rectified_flow_path(clean, noise, t)
-        return velocity_loss(self.velocity(x_t, t, condition), velocity)
 
     @torch.no_grad()
     def sample(self, condition: Condition, generator: torch.Generator | None = None) -> Tensor:
@@ -125,3 +138,41 @@ class FlowDenoiser(nn.Module):
         for now, after in pairwise(times):
             x = x + (after - now) * self.velocity(x, now.expand(len(x)), condition).float()
         return unpatchify(x)
+
+
+def new_transformer(recipe: Recipe, latent_channels: int) -> Any:
+    """The recipe's light transformer with random weights from the global RNG."""
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(
+        in_channels=latent_channels * 4,
+        guidance_embeds=True,
+        **{ours: getattr(recipe, name) for name, ours in FLUX_FACTS.items()},
+    )
+
+
+def load_flux(recipe: Recipe) -> Any:
+    """The recipe's pretrained transformer: a FLUX.1 folder or hub id, or BFL's single file ``flux1-dev.safetensors``.
+
+    Its config must say what the recipe says, so that costs, manifests and the condition's heads are true.
+
+    Raises:
+        InputError: nothing loadable there, or another size.
+    """
+    from diffusers import FluxTransformer2DModel
+
+    config = {ours: getattr(recipe, name) for name, ours in FLUX_FACTS.items()}
+    transformer = load_pretrained(FluxTransformer2DModel, recipe, "transformer", FLUX_CONFIG)
+    changes = [
+        f"--{name} {str(there).strip('()[]').replace(' ', '')}"
+        for name, key in FLUX_FACTS.items()
+        if (there := plain(transformer.config[key])) != plain(config[key])
+    ]
+    if changes:
+        raise InputError(f"denoiser_weights {recipe.denoiser_weights} has another size: add {' '.join(changes)}")
+    return transformer
+
+
+def plain(value: Any) -> Any:
+    """A config's value, lists as the tuples they were."""
+    return tuple(value) if isinstance(value, list) else value
