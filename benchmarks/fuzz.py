@@ -2,7 +2,6 @@
 
     make fuzz                                        # 12 000 cases of seven sorts of files, a new seed
     make fuzz ARGS="--seed 7 --kinds 'tar shards'"   # the printed seed repeats a run
-    make fuzz ARGS="--coverage"                      # atheris looks for paths that hypothesis did not find
 
 A case holds if its readers return, or refuse in one printable line; within a second of processor time; within a bound
 of memory; without writing outside the folder, starting a process or unpickling; and without killing the process.
@@ -171,29 +170,6 @@ def _read_examples(kind: Kind, path: Path) -> None:
             raise Finding(f"a valid file is refused: {error}") from None
 
 
-def cover(kind: Kind, folder: Path, *, cases: int, seed: int, guard: Guard) -> Tally:
-    """Let atheris, which sees the branches taken, break the examples; a finding ends the process with its traceback."""
-    import atheris
-
-    corpus = folder / f"corpus {kind.name}"
-    corpus.mkdir()
-    for number, example in enumerate(kind.examples):
-        (corpus / str(number)).write_bytes(example)
-    tally, path = Tally(kind.name), folder / kind.file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _read_examples(kind, path)
-    options = [
-        f"-runs={cases}",
-        f"-seed={seed % 2**31}",
-        "-max_len=65536",
-        "-rss_limit_mb=0",
-        f"-artifact_prefix={folder}/",
-    ]
-    atheris.Setup([sys.argv[0], *options, str(corpus)], lambda data: attempt(kind, path, data, guard, tally))
-    atheris.Fuzz()
-    return tally
-
-
 def _work(name: str, folder: str, args: argparse.Namespace, answer: Any) -> None:
     """One kind, in a process of its own whose memory is bounded."""
     from fuzz_cases import kinds
@@ -205,8 +181,7 @@ def _work(name: str, folder: str, args: argparse.Namespace, answer: Any) -> None
     logging.disable()  # skipped samples are warned of
     with open(Path(folder) / "stderr", "wb") as said:  # libtiff speaks past Python
         os.dup2(said.fileno(), sys.stderr.fileno())
-    try_them = cover if args.coverage else fuzz
-    tally = try_them(kind, Path(folder), cases=args.cases, seed=args.seed, guard=Guard())
+    tally = fuzz(kind, Path(folder), cases=args.cases, seed=args.seed, guard=Guard())
     answer.send(asdict(tally))
 
 
@@ -216,7 +191,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", type=int, default=1_800, help="of each kind (default: 1 800)")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**9))
     parser.add_argument("--kinds", nargs="+", help="only these (default: all)")
-    parser.add_argument("--coverage", action="store_true", help="with atheris, which must be installed")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
         from fuzz_cases import kinds  # a fork of this process has it all imported
