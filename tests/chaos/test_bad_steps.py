@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from llava_genhancer.guard import BadStep, BadSteps, LossGuard, LossSpike, NonFi
 STEP = 14  # a spike needs ten steps before it
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def recipe(tiny_fields):
     """Sixteen steps of stage 1, with snapshots around the bad one."""
 
@@ -35,11 +36,13 @@ def recipe(tiny_fields):
     return build
 
 
-@pytest.fixture
-def factor(monkeypatch):
+@pytest.fixture(scope="module")
+def factor():
     """Multiplies the loss of the first micro-batch of step 14, however often it is reached."""
+    patch = pytest.MonkeyPatch()
 
     def spoil(value: float) -> None:
+        patch.undo()
         original = EnhanceTrainer.batch_loss
 
         def batch_loss(self, model, inputs, num_items):
@@ -47,43 +50,60 @@ def factor(monkeypatch):
             first = not self.accelerator.sync_gradients
             return loss * value if self.state.global_step + 1 == STEP and first else loss
 
-        monkeypatch.setattr(EnhanceTrainer, "batch_loss", batch_loss)
+        patch.setattr(EnhanceTrainer, "batch_loss", batch_loss)
 
-    return spoil
+    yield spoil
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def skipped(recipe, factor, tmp_path_factory):
+    """A run that skipped a spike."""
+    factor(1e6)
+    run_dir = tmp_path_factory.mktemp("skipped") / "run"
+    enhance(recipe(on_bad_step="skip", spike_factor=50), run_dir, stages=(1,))
+    return run_dir
 
 
 def snapshots(run_dir):
     return [load_file(run_dir / "stage1" / "snapshots" / f"step-{s}.safetensors") for s in (13, 14, 15)]
 
 
-@pytest.mark.parametrize("value", [math.nan, 1e6])
-def test_a_skipped_step_moves_nothing_and_is_on_record(recipe, factor, tmp_path, caplog, value) -> None:
-    factor(value)
-    enhance(recipe(on_bad_step="skip", spike_factor=50), tmp_path / "run", stages=(1,))
-    before, at, after = snapshots(tmp_path / "run")
+def check_skipped(run_dir, keys: int) -> list[str]:
+    """Nothing moved in the bad step, which is on record with its ``keys``."""
+    before, at, after = snapshots(run_dir)
     assert all(torch.equal(before[n], at[n]) for n in before)
     assert any(not torch.equal(at[n], after[n]) for n in at)
-    stage = tmp_path / "run" / "stage1"
+    stage = run_dir / "stage1"
     assert run.read_json(stage / "result.json")["skipped_steps"] == [STEP]
-    (line,) = (json.loads(text) for text in (stage / "bad-steps-rank0.jsonl").read_text().splitlines())
-    assert (line["step"], line["rank"]) == (STEP, 0)
-    assert len(line["keys"]) == (8 if math.isfinite(value) else 4)  # a spike is the step's, NaN a micro-batch's
-    assert line["keys"][0] in caplog.text
     history = run.read_json(stage / "log_history.json")
     assert all(math.isfinite(entry["loss"]) for entry in history), "one bad step must not spoil the log"
+    (line,) = (json.loads(text) for text in (stage / "bad-steps-rank0.jsonl").read_text().splitlines())
+    assert (line["step"], line["rank"]) == (STEP, 0)
+    assert len(line["keys"]) == keys
+    return line["keys"]
 
 
-def test_a_resumed_run_skips_alike(recipe, factor, tmp_path) -> None:
+def test_a_skipped_spike_moves_nothing_and_all_of_its_step_is_on_record(skipped) -> None:
+    check_skipped(skipped, keys=8)
+
+
+def test_a_skipped_nan_moves_nothing_and_its_micro_batch_is_on_record(recipe, factor, tmp_path, caplog) -> None:
+    factor(math.nan)
+    enhance(recipe(on_bad_step="skip"), tmp_path / "run", stages=(1,))
+    keys = check_skipped(tmp_path / "run", keys=4)
+    assert f"the loss is nan in step 14 on rank 0: skipped; batch keys: {keys[0]}" in caplog.text
+
+
+def test_a_resumed_run_skips_alike(skipped, recipe, factor, tmp_path) -> None:
     """A spike is judged by the steps before it: those of before the checkpoint count too."""
     factor(1e6)
-    chosen = recipe(on_bad_step="skip", spike_factor=50)
-    enhance(chosen, tmp_path / "whole", stages=(1,))
-    enhance(chosen, tmp_path / "resumed", stages=(1,))
+    shutil.copytree(skipped, tmp_path / "resumed")
     stage = tmp_path / "resumed" / "stage1"
     for path in (stage / "result.json", stage / "weights.safetensors", stage / "checkpoint-16" / run.MARKER):
         path.unlink()
-    enhance(chosen, tmp_path / "resumed", stages=(1,))
-    results = [run.read_json(tmp_path / d / "stage1" / "result.json") for d in ("whole", "resumed")]
+    enhance(recipe(on_bad_step="skip", spike_factor=50), tmp_path / "resumed", stages=(1,))
+    results = [run.read_json(d / "stage1" / "result.json") for d in (skipped, tmp_path / "resumed")]
     assert results[0]["weights_sha256"] == results[1]["weights_sha256"]
     assert [r["skipped_steps"] for r in results] == [[STEP], [STEP]]
 
@@ -95,12 +115,6 @@ def test_a_spike_stops_before_the_step_is_taken_and_the_same_folder_can_skip(rec
     assert run.checkpoints(tmp_path / "run" / "stage1")[-1].name == "checkpoint-12"
     enhance(recipe(spike_factor=50, on_bad_step="skip"), tmp_path / "run", stages=(1,))
     assert run.read_json(tmp_path / "run" / "stage1" / "result.json")["skipped_steps"] == [STEP]
-
-
-def test_too_many_skipped_steps_stop(recipe, factor, tmp_path) -> None:
-    factor(math.nan)
-    with pytest.raises(BadStep, match="steps 14 had to be skipped, more than --max_skipped_steps 0"):
-        enhance(recipe(on_bad_step="skip", max_skipped_steps=0), tmp_path / "run", stages=(1,))
 
 
 @pytest.fixture
@@ -136,6 +150,14 @@ def test_its_state_goes_through_json(guard) -> None:
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert second.state_dict() == first.state_dict()
     assert second.skipped == [70]
+
+
+def test_too_many_skipped_steps_stop(guard) -> None:
+    patient = guard(BadSteps("skip", max_skipped=2))
+    patient.drop(3)
+    patient.drop(8)
+    with pytest.raises(BadStep, match="steps 3, 8, 9 had to be skipped, more than --max_skipped_steps 2"):
+        patient.drop(9)
 
 
 def test_a_loss_is_looked_at_one_micro_batch_later(guard) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -27,10 +28,14 @@ def recipe(tiny_fields) -> recipes.Recipe:
 
 
 @pytest.fixture(scope="module")
-def whole(recipe, tmp_path_factory) -> str:
-    """Hash of the weights of a run that met no fault."""
+def whole(recipe, tmp_path_factory) -> Path:
+    """A run that met no fault."""
     run_dir = tmp_path_factory.mktemp("faults") / "whole"
     enhance(recipe, run_dir, stages=(1,))
+    return run_dir
+
+
+def weights(run_dir: Path) -> str:
     return run.sha256(run_dir / "stage1" / "weights.safetensors")
 
 
@@ -76,7 +81,7 @@ def test_a_disk_that_takes_no_checkpoint_is_one_line_and_loses_none(
     assert run.complete_facts(stage / "checkpoint-5", verify=True) is not None
     small_files()
     enhance(recipe, tmp_path / "run", stages=(1,))
-    assert run.sha256(stage / "weights.safetensors") == whole
+    assert weights(tmp_path / "run") == weights(whole)
 
 
 def test_each_library_s_word_for_a_disk_that_takes_no_more(tmp_path, small_files) -> None:
@@ -115,18 +120,16 @@ def test_a_data_worker_that_is_killed_is_one_line(recipe, tmp_path, after_step, 
 
 
 def test_a_bit_that_fell_over_in_a_stage_s_weights_is_refused(recipe, whole, tmp_path) -> None:
-    stage = enhance(recipe, tmp_path / "run", stages=(1,))
-    weights = stage / "weights.safetensors"
-    data = bytearray(weights.read_bytes())
+    file = shutil.copytree(whole, tmp_path / "run") / "stage1" / "weights.safetensors"
+    data = bytearray(file.read_bytes())
     data[-1] ^= 1
-    weights.unlink()  # the last checkpoint holds it under another name
-    weights.write_bytes(data)
+    file.write_bytes(data)
     with pytest.raises(InputError, match=r"is not what the training wrote .*: remove it and repeat"):
-        engine.read_trained(weights)
-    weights.unlink()
+        engine.read_trained(file)
+    file.unlink()
     enhance(recipe, tmp_path / "run", stages=(1,))
-    assert run.sha256(weights) == whole
-    assert engine.read_trained(weights)
+    assert weights(tmp_path / "run") == weights(whole)
+    assert engine.read_trained(file)
 
 
 # --- ranks that hang ----------------------------------------------------------------------------------------------
