@@ -506,10 +506,22 @@ VAE_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.b
 
 def _backbone(recipe: Recipe) -> tuple[Backbone | None, Finding]:
     """The backbone's facts, from its own config where it lies here."""
+    from llava_genhancer.convert.checkpoints import SUFFIXES
+    from llava_genhancer.convert.open_clip import is_open_clip
+    from llava_genhancer.convert.released import RELEASED
+
     name = recipe.backbone
     local, known = _is_local(name), costs.KNOWN_BACKBONES.get(name)
     path = str(Path(resolve(name)).expanduser())
     todo = "give the folder or hub id of a CLIPModel, SiglipModel or Siglip2Model"
+    if is_open_clip(path):
+        found = f"{name}: in open_clip's format, and so will its tower be, which LLaVA cannot use; its cost is unknown"
+        return None, Finding(NOTE, "backbone", found, f"`llava-genhancer convert {name} --output_dir DIR`, if it can")
+    if name in RELEASED or Path(path).suffix in SUFFIXES:
+        found = f"{name} is converted when it is first used, so its cost is unknown"
+        return None, Finding(
+            NOTE, "backbone", found, f"`llava-genhancer convert {name} --output_dir DIR` to know it now"
+        )
     if local and not (Path(path) / "config.json").is_file():
         return None, Finding(PROBLEM, "backbone", f"{name}: no config.json there", todo)
     if not local and _cached(name, "config.json") is None:

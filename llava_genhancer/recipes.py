@@ -111,8 +111,8 @@ class Recipe:
     # The eye.
     backbone: str = option(
         "openai/clip-vit-large-patch14",
-        "folder or hub id of a CLIPModel, SiglipModel or Siglip2Model; EVA-CLIP's folder in open_clip's format; a weight "
-        "file or released tower that `convert` takes",
+        "folder or hub id of a CLIPModel, SiglipModel or Siglip2Model; EVA-CLIP's folder in open_clip's format; a "
+        "weight file or released tower that `convert` takes",
     )
     image_size: int | None = option(None, "training resolution in pixels; none = the backbone's own (ours)")
     condition: Literal["cls", "locals", "pooled"] = option(

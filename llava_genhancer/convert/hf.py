@@ -20,29 +20,36 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def local(name: str) -> str:
-    """A path or hub id as it is; of ``hf://owner/name/PATH``, a folder or file inside a hub repository, the local copy.
+    """A path or hub id as it is; of ``hf://owner/name`` or what is inside it (``hf://owner/name/PATH``) a local copy.
 
     Raises:
         InputError: the hub does not have it, or cannot be reached.
     """
     if not name.startswith("hf://"):
         return name
-    owner, repository, *inside = name.removeprefix("hf://").split("/")
-    repository, path = f"{owner}/{repository}", "/".join(inside)
+    repository, path = _split(name)
     from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
         if Path(path).suffix in SUFFIXES:
             return str(hf_hub_download(repository, path))
-        folder = Path(snapshot_download(repository, allow_patterns=f"{path}/*")) / path
+        folder = Path(snapshot_download(repository, allow_patterns=f"{path}/*" if path else None)) / path
     except Exception as error:  # the hub's client and its transport have exceptions of their own
         raise InputError(
-            f"{name} cannot be fetched ({reason(error)}): download {path} of {repository} and give its path to "
+            f"{name} cannot be fetched ({reason(error)}): download it where that works, and give its path to "
             "`llava-genhancer convert`"
         ) from None
     if not folder.is_dir():
         raise InputError(f"the hub's {repository} has no folder {path}")
     return str(folder)
+
+
+def _split(name: str) -> tuple[str, str]:
+    owner, _, rest = name.removeprefix("hf://").partition("/")
+    repository, _, path = rest.partition("/")
+    if not owner or not repository:
+        raise InputError(f"{name} names no repository: write hf://owner/name or hf://owner/name/folder")
+    return f"{owner}/{repository}", path.strip("/")
 
 
 def is_hf(name: str) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llava_genhancer.convert.architecture import ModelCfg, build_open_clip, infer_model_cfg
 from llava_genhancer.convert.checkpoints import read_state
 from llava_genhancer.convert.companions import PreprocessCfg
+from llava_genhancer.convert.hf import is_hf
 from llava_genhancer.convert.weights import with_text_prefix, without_text_prefix
 from llava_genhancer.errors import InputError, reason
 from llava_genhancer.run import read_json, write_json
@@ -53,7 +54,7 @@ class OpenClipSource:
 def is_open_clip(name: str) -> bool:
     """Whether a local folder is in open_clip's format and not in transformers' too."""
     folder = Path(name)
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    return (folder / CONFIG).is_file() and not is_hf(name)
 
 
 def read_config(name: str) -> tuple[ModelCfg, PreprocessCfg]:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import LlavaConfig
 
+from llava_genhancer.convert.open_clip import is_open_clip
 from llava_genhancer.convert.released import tower_folder
 from llava_genhancer.errors import InputError
 from llava_genhancer.llava.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -211,6 +212,11 @@ def read_config(name: str, what: str) -> Any:
     """
     from transformers import AutoConfig
 
+    if is_open_clip(local(name)):
+        raise InputError(
+            f"{what} {name} is in open_clip's format, which LLaVA cannot use: `llava-genhancer convert` makes "
+            "transformers' of it, unless it is EVA-CLIP's kind"
+        )
     try:
         return AutoConfig.from_pretrained(local(name))
     except (OSError, ValueError) as error:
@@ -256,9 +262,9 @@ def load_tower(name: str, dtype: torch.dtype) -> nn.Module:
     """
     import transformers
 
+    kind = read_config(name, "tower").model_type.removesuffix("_vision_model")
     if is_tower(local(name)):
         verify_tower(local(name))
-    kind = read_config(name, "tower").model_type.removesuffix("_vision_model")
     cls = {"clip": transformers.CLIPVisionModel, "siglip": transformers.SiglipVisionModel}[kind]
     return _load(cls, name, "tower", dtype).eval()
 
