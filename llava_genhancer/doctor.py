@@ -551,8 +551,6 @@ def _backbone(recipe: Recipe) -> tuple[Backbone | None, Finding]:
 
 def facts_of(recipe: Recipe) -> tuple[Backbone, Vae] | None:
     """What a recipe's cost is counted from; None where that is not known before something is loaded."""
-    if recipe.denoiser_weights is not None:
-        return None
     backbone, _ = _backbone(recipe)
     return None if backbone is None else (backbone, _target(recipe)[0])
 

@@ -103,6 +103,31 @@ def test_masked_denoiser_flops_match_a_count(mode: str) -> None:
         assert batch * costs.denoiser_flops(recipe, 64, vq, text=text) == flops(run)
 
 
+def test_stable_diffusions_unet_is_counted() -> None:
+    """The size its config is known for, and a convolution and an attention counted by hand at two resolutions."""
+    small, large = (costs.count_unet("stabilityai/stable-diffusion-2-1-base", side, 77) for side in (64, 96))
+    assert small.parameters == 865_910_724
+    # Weights meet each position alike but for the condition's and the time's; self-attention grows with its square.
+    assert large.linear / small.linear == pytest.approx(96**2 / 64**2, rel=0.01)
+    assert large.attention / small.attention == pytest.approx(96**4 / 64**4, rel=0.02)
+
+
+def test_draws_and_contrast_cost_more_passes() -> None:
+    diva, dcr = (recipes.get_recipe(f"tiny-{paradigm}") for paradigm in ("diva", "dcr"))
+    assert costs.denoiser_passes(diva) == 2
+    assert costs.denoiser_passes(dcr) == dcr.per_device_batch_size + 1
+
+
+def test_a_frozen_denoiser_in_bfloat16_takes_half() -> None:
+    flux = recipes.get_recipe("openai-l14-224-flux")
+    assert costs.denoiser_parameters(flux) == 11_901_408_320
+    whole, half = (
+        costs.memory(dataclasses.replace(flux, denoiser_dtype=dtype), 1, LARGE).device["frozen weights"]
+        for dtype in ("float32", "bfloat16")
+    )
+    assert whole - half == 2 * 11_901_408_320
+
+
 @pytest.mark.parametrize("attention", [False, True])
 @torch.no_grad()
 def test_a_vq_gans_parameters_and_flops_match_diffusers(attention: bool) -> None:
@@ -245,7 +270,10 @@ def test_denoiser_flops_match_a_count(mode: str) -> None:
     def run() -> None:
         token = torch.randn(batch, 768, requires_grad=mode == "frozen")
         loss = denoiser(
-            torch.randn(batch, 4, 16, 16), projector(token[:, None]), torch.randn(batch, 64, 16), torch.rand(batch)
+            torch.randn(batch, 4, 16, 16),
+            projector(token[:, None]),
+            noise=torch.randn(batch, 64, 16),
+            t=torch.rand(batch),
         )
         if mode != "forward":
             loss.backward()
@@ -376,7 +404,7 @@ def test_activations_cover_what_autograd_saves() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        denoiser(latents, condition, noise, t)
+        denoiser(latents, condition, noise=noise, t=t)
     counted = sum(storage.nbytes() for storage in saved.values())
     estimate = costs.activation_bytes(PAPER, 1, LARGE)
     assert 0.75 * estimate < counted < 1.35 * estimate

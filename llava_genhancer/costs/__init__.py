@@ -3,8 +3,18 @@
 Every function here is arithmetic on a recipe and on the facts of its backbone and target tokenizer.
 """
 
+from llava_genhancer.costs.counting import count_unet
 from llava_genhancer.costs.facts import FLUX_VAE, KNOWN_BACKBONES, VQ_F16, Backbone, Vae, backbone_facts, vae_facts
-from llava_genhancer.costs.space import GIB, Memory, Zero, activation_bytes, checkpoint_bytes, disk_bytes, memory
+from llava_genhancer.costs.space import (
+    GIB,
+    Memory,
+    Zero,
+    activation_bytes,
+    checkpoint_bytes,
+    disk_bytes,
+    frozen_half,
+    memory,
+)
 from llava_genhancer.costs.work import (
     Mode,
     Work,
@@ -12,6 +22,7 @@ from llava_genhancer.costs.work import (
     condition_tokens,
     denoiser_flops,
     denoiser_parameters,
+    denoiser_passes,
     denoiser_work,
     engine_parameters,
     full_model_parameters,
@@ -44,11 +55,14 @@ __all__ = [
     "backbone_flops",
     "checkpoint_bytes",
     "condition_tokens",
+    "count_unet",
     "denoiser_flops",
     "denoiser_parameters",
+    "denoiser_passes",
     "denoiser_work",
     "disk_bytes",
     "engine_parameters",
+    "frozen_half",
     "full_model_parameters",
     "lora_parameters",
     "memory",

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from llava_genhancer.costs.facts import FLUX_VAE, Backbone, Vae
 from llava_genhancer.costs.work import (
     condition_tokens,
+    denoiser_parameters,
+    denoiser_passes,
+    denoiser_work,
     engine_parameters,
     full_model_parameters,
     stage_recipe,
@@ -17,6 +20,7 @@ from llava_genhancer.costs.work import (
 from llava_genhancer.recipes import Recipe
 
 GIB = 2**30
+UNET_BLOCKS = 9  # of Stable Diffusion: four down, one in the middle, four up
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,14 @@ def memory(
     """
     trained = trained_parameters(recipe, stage, backbone, vae)
     frozen = engine_parameters(recipe, stage, backbone, vae) - trained
+    small = frozen_half(recipe, stage, backbone, vae)
     batch = recipe.per_device_batch_size
     level, half = zero.stage, recipe.precision == "bf16"
     weights = gradients = optimizer = rest = buffers = 0.0
     if level is None:
-        weights, gradients, optimizer, rest = 4.0 * trained, 4.0 * trained, 8.0 * trained, 4.0 * frozen
+        weights, gradients, optimizer, rest = 4.0 * trained, 4.0 * trained, 8.0 * trained, 4.0 * frozen - 2.0 * small
         # Autocast keeps a bf16 copy of each weight for the backward pass; DDP a bucket for each gradient.
-        buffers = (2.0 * (trained + frozen) if half else 0) + (4.0 * trained if ranks > 1 else 0)
+        buffers = (2.0 * (trained + frozen - small) if half else 0) + (4.0 * trained if ranks > 1 else 0)
     else:
         width = 2 if half else 4
         sharded = [ranks if level >= at else 1 for at in (3, 2, 1)]
@@ -100,6 +105,13 @@ def memory(
     return Memory(device, host)
 
 
+def frozen_half(recipe: Recipe, stage: int, backbone: Backbone, vae: Vae = FLUX_VAE) -> int:
+    """Parameters that a stage holds in bfloat16 from the start: a pretrained denoiser's that does not learn."""
+    if recipe.denoiser_dtype == "float32" or "denoiser" in stage_recipe(recipe, stage).trains:
+        return 0
+    return denoiser_parameters(recipe, vae, target_size(recipe, backbone))
+
+
 def activation_bytes(
     recipe: Recipe, stage: int, backbone: Backbone, vae: Vae = FLUX_VAE, *, engine: bool = True
 ) -> float:
@@ -109,7 +121,8 @@ def activation_bytes(
     of tokens, give the 3.5 / 8.8 / 12.1 GiB measured on the reference's denoiser at batch 16 and 224 / 336 / 384 px
     (diffusers' class with fused attention keeps 2.9 / 6.5 / 8.5). The other factors are counts of the tensors that
     autograd saves in the classes used here: 0.6 of that where the denoiser is frozen, 17 maps per layer of the masked
-    denoiser, 31 of the tower's width per layer with LoRA and 22 without; fp32 keeps 1.7 to 2 times as much as bf16,
+    denoiser, 347 of the first level's width at each latent position in Stable Diffusion's UNet (attention fused), 31 of
+    the tower's width per layer with LoRA and 22 without; fp32 keeps 1.7 to 2 times as much as bf16,
     autocast 1.5 to 1.9.
 
     Args:
@@ -117,14 +130,18 @@ def activation_bytes(
     """
     trains = stage_recipe(recipe, stage).trains
     batch, size = recipe.per_device_batch_size, recipe.image_size or backbone.image_size
-    d, side = recipe.denoiser_heads * recipe.denoiser_head_dim, target_size(recipe, backbone) // vae.downscale
-    if recipe.denoiser == "masked":
+    side = target_size(recipe, backbone) // vae.downscale
+    d = denoiser_work(recipe, target_size(recipe, backbone), vae).width
+    if recipe.denoiser == "unet":
+        n, blocks = side**2, UNET_BLOCKS
+        one_block = batch * denoiser_passes(recipe) * n * 347.0 * 2 * d / blocks
+    elif recipe.denoiser == "masked":
         n, blocks = side**2, recipe.denoiser_layers
         one_block = batch * n * 17.0 * 2 * d
     else:
         n, blocks = (side // 2) ** 2 + condition_tokens(recipe, backbone), recipe.denoiser_layers
         blocks += recipe.denoiser_single_layers
-        one_block = batch * n * (29.3 * 2 * d + 4 * recipe.denoiser_heads * n)
+        one_block = batch * denoiser_passes(recipe) * n * (29.3 * 2 * d + 4 * recipe.denoiser_heads * n)
     if "denoiser" not in trains:
         one_block *= 0.6
     half = recipe.precision == "bf16"

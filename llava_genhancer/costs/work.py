@@ -23,8 +23,9 @@ def _linear(inputs: int, outputs: int, bias: bool = True) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """A denoiser's parameters, and the multiply-adds of one image's forward pass, with weights and between tokens."""
+    """A denoiser's width and parameters, and one image's multiply-adds forward, with weights and between tokens."""
 
+    width: int
     parameters: int
     linear: float
     attention: float
@@ -41,7 +42,15 @@ def denoiser_parameters(recipe: Recipe, vae: Vae = FLUX_VAE, image_size: int = 2
 
 def denoiser_work(recipe: Recipe, image_size: int, vae: Vae, text: int = 1) -> Work:
     """What the recipe's denoiser costs; ``text`` counts its condition tokens."""
-    return {"flow": _flow_work, "masked": _masked_work}[recipe.denoiser](recipe, image_size, vae, text)
+    counts = {"flow": _flow_work, "masked": _masked_work, "unet": _unet_work}
+    return counts[recipe.denoiser](recipe, image_size, vae, text)
+
+
+def _unet_work(recipe: Recipe, image_size: int, vae: Vae, text: int) -> Work:
+    from llava_genhancer.costs.counting import count_unet
+
+    # One token moves all 77 states of the empty prompt; any other number stands in their place.
+    return count_unet(recipe.denoiser_weights or "", image_size // vae.downscale, 77 if text == 1 else text)
 
 
 def _masked_work(recipe: Recipe, image_size: int, vae: Vae, text: int) -> Work:
@@ -51,6 +60,7 @@ def _masked_work(recipe: Recipe, image_size: int, vae: Vae, text: int) -> Work:
     ends = (vae.codes + 1) * d + positions + 4 * d + _linear(d, vae.codes)
     depth = recipe.denoiser_layers
     return Work(
+        width=d,
         parameters=depth * layer + ends,
         linear=depth * d * d * (10 * n + 2 * (n + text)) + n * d * vae.codes,
         attention=depth * 2 * n * (n + text) * d,
@@ -70,6 +80,7 @@ def _flow_work(recipe: Recipe, image_size: int, vae: Vae, text: int) -> Work:
     per_image = 2 * (256 * d + d * d) + recipe.vec_dim * d + d * d + double * 12 * d * d + lone * 3 * d * d
     per_image += 2 * d * d + text * recipe.txt_dim * d + 2 * n * e * d
     return Work(
+        width=d,
         parameters=conditioning + blocks + ends,
         linear=per_image + (double + lone) * 12 * d * d * (n + text),
         attention=(double + lone) * 2 * (n + text) ** 2 * d,
@@ -286,6 +297,11 @@ def vae_encoder_flops(image_size: int, vae: Vae = FLUX_VAE) -> float:
     return 2 * total + vae.quant_conv * 2 * (2 * vae.latent_channels) ** 2 * side**2
 
 
+def denoiser_passes(recipe: Recipe) -> int:
+    """Passes of the denoiser over each image in a step: one per draw, or DCR's under every condition of the batch."""
+    return recipe.per_device_batch_size + 1 if recipe.objective == "contrast" else recipe.draws_per_image
+
+
 def step_flops(recipe: Recipe, stage: int, backbone: Backbone, vae: Vae = FLUX_VAE) -> dict[str, float]:
     """FLOPs of one image in a training step, by part; the denoiser's part holds the projector."""
     trains = stage_recipe(recipe, stage).trains
@@ -298,12 +314,14 @@ def step_flops(recipe: Recipe, stage: int, backbone: Backbone, vae: Vae = FLUX_V
         upstream = through or (part == "denoiser" and "projector" in trains)
         return "train" if part in trains else "frozen" if upstream else "forward"
 
+    views = 2 if recipe.objective == "contrast" else 1
+    told = views * recipe.draws_per_image
+    denoiser = denoiser_flops(recipe, size, vae, mode("denoiser"), text=condition_tokens(recipe, backbone))
     eye: Mode = "forward" if not through else "frozen" if lora else "train"
     return {
         "target encoding": vae_encoder_flops(size, vae),
-        "backbone": backbone_flops(recipe, backbone, eye, lora=lora),
-        "denoiser": denoiser_flops(recipe, size, vae, mode("denoiser"), text=condition_tokens(recipe, backbone))
-        + projector_flops(recipe, backbone, mode("projector")),
+        "backbone": views * backbone_flops(recipe, backbone, eye, lora=lora),
+        "denoiser": denoiser_passes(recipe) * denoiser + told * projector_flops(recipe, backbone, mode("projector")),
     }
 
 

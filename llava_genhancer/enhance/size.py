@@ -13,8 +13,8 @@ WIDE = "denoiser_layers, denoiser_heads x denoiser_head_dim, vec_dim, txt_dim an
 def check_size(recipe: Recipe) -> None:
     """Refuse a model or batch larger than the main memory, and an image side that does not fit backbone and VAE.
 
-    The model is built in fp32 on the CPU whatever trains it later. What is not known before it is loaded (a pretrained
-    denoiser, a backbone that is not downloaded yet) passes.
+    The model is built on the CPU, in fp32 but for a frozen denoiser's ``denoiser_dtype``, whatever trains it later. A
+    backbone that is not known before it is loaded passes.
 
     Raises:
         InputError: with the size that does not fit.
@@ -34,9 +34,10 @@ def check_size(recipe: Recipe) -> None:
         )
     room = host_memory()
     parameters = max(costs.engine_parameters(recipe, stage, backbone, vae) for stage in (1, 2))
-    if 4 * parameters > room:
+    needed = 4 * parameters - 2 * costs.frozen_half(recipe, 2, backbone, vae)
+    if needed > room:
         raise InputError(
-            f"the model has {parameters:.3g} parameters, {_gib(4 * parameters)} GiB, and {_gib(room)} GiB of main "
+            f"the model has {parameters:.3g} parameters, {_gib(needed)} GiB, and {_gib(room)} GiB of main "
             f"memory are free: {WIDE}"
         )
     for name in ("per_device_batch_size", "sample_images"):
