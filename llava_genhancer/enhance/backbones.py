@@ -43,7 +43,8 @@ class VisionBackbone(nn.Module):
         native = self._adopt(model)
         self.image_size: int = image_size or native
         self.resized: bool = self.image_size != native
-        if self.image_size % self.patch_size:
+        # A tower's own size may leave a rim over, as SigLIP's 384 pixels in patches of 14 do.
+        if self.resized and self.image_size % self.patch_size:
             raise InputError(
                 f"image_size={self.image_size} is not a multiple of the backbone's patch, {self.patch_size}"
             )

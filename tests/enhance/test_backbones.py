@@ -195,3 +195,26 @@ def test_a_home_folder_is_found(recipe_of, tiny_clip, monkeypatch) -> None:
     assert check_backbone("~/clip") == "clip"
     assert load_full_model("~/clip") is not None
     assert load_image_statistics("~/clip") == load_image_statistics(str(tiny_clip))
+
+
+@torch.no_grad()
+def test_a_rim_that_no_patch_covers_is_left_out_as_transformers_does(recipe_of, tmp_path: Path) -> None:
+    """SigLIP at 384 px has patches of 14: 27 of them and six pixels over."""
+    from transformers import SiglipModel, SiglipVisionConfig
+
+    from llava_genhancer.toyworld.models import build_siglip_config, save_siglip
+
+    folder = save_siglip(tmp_path / "siglip")
+    config = build_siglip_config(64)
+    config.vision_config = SiglipVisionConfig(**{**config.vision_config.to_dict(), "image_size": 54, "patch_size": 8})
+    model = SiglipModel(config).eval()
+    model.save_pretrained(folder)
+    backbone = load_backbone(recipe_of(backbone=str(folder))).eval()
+    pixels = torch.randn(2, 3, 54, 54)
+    assert torch.allclose(backbone(pixels), model.vision_model(pixels).pooler_output, atol=1e-6)
+    assert torch.equal(
+        backbone(pixels), backbone(torch.nn.functional.pad(pixels[..., :48, :48], (0, 6, 0, 6), value=9))
+    )
+    assert backbone.tokens(pixels).shape[1] == 1 + 6 * 6
+    with pytest.raises(InputError, match="image_size=60 is not a multiple of the backbone's patch, 8"):
+        load_backbone(recipe_of(backbone=str(folder), image_size=60))
