@@ -226,7 +226,8 @@ def _tokenizer(name: str, path: str) -> Any:
     # Without files transformers 5 makes an empty tokenizer without a word, and every statement would read the same.
     if Path(path).is_dir() and not any((Path(path) / f).is_file() for f in TOKENIZER_FILES):
         raise InputError(
-            f"tower {name} has no tokenizer ({', '.join(TOKENIZER_FILES)}): copy the original model's files in"
+            f"tower {name} has no tokenizer ({', '.join(TOKENIZER_FILES)}): copy the original model's files in, "
+            "or let `llava-genhancer convert` add them (--like ORIGINAL)"
         )
     try:
         return AutoTokenizer.from_pretrained(path)
@@ -242,7 +243,8 @@ def _image_processor(name: str, path: str) -> Any:
         return AutoImageProcessor.from_pretrained(path, backend="pil")
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise InputError(
-            f"tower {name} has no usable preprocessor_config.json ({_first_line(error)}): copy the original model's in"
+            f"tower {name} has no usable preprocessor_config.json ({_first_line(error)}): copy the original model's "
+            "in, or let `llava-genhancer convert` add it (--like ORIGINAL)"
         ) from None
 
 

@@ -124,6 +124,18 @@ def test_measured_as_open_clip_computes_it(eva_dir):
     assert list(tower.weights) == ["open_clip_model.safetensors"]
 
 
+def test_a_lone_file_becomes_a_folder(eva_dir, tmp_path, monkeypatch):
+    """The trunk's kind is found among open_clip's models by the tensors' shapes."""
+    from open_clip import factory
+
+    monkeypatch.setattr(factory, "_MODEL_CONFIGS", {"tiny": small_open_clip.EVA, **factory._MODEL_CONFIGS})
+    torch.save(load_file(eva_dir / "open_clip_model.safetensors"), tmp_path / "eva.pt")
+    folder = convert(str(tmp_path / "eva.pt"), tmp_path / "folder", to="open_clip")
+    assert check_backbone(str(folder)) == "open_clip"
+    ours, theirs = (load_file(f / "open_clip_model.safetensors") for f in (folder, eva_dir))
+    assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
+
+
 def test_what_is_said_instead(eva_dir, recipe_of, tmp_path):
     with pytest.raises(InputError, match="without SigLIP's pooling"):
         convert(str(eva_dir), tmp_path / "tower")
