@@ -101,6 +101,8 @@ def test_every_field_can_be_set_from_text_and_shows_as_a_difference(name) -> Non
     base = Recipe()
     if name.startswith("local_"):
         base = Recipe(condition="locals")
+    elif name == "denoiser_dtype":
+        base = get_recipe("openai-l14-224-flux")
     elif recipes.READ_BY.get(name) == ("masked",):
         base = get_recipe("openai-l14-224-masked")
     kind, value = recipes.field_types(Recipe)[name], to_dict(base)[name]
