@@ -9,7 +9,7 @@ from typing import Any
 
 from llava_genhancer import run
 from llava_genhancer.ablate.grids import DENSITIES, GRIDS, NAMES, base_name
-from llava_genhancer.ablate.running import Job, Stopped, carry_out, plan, show
+from llava_genhancer.ablate.running import SIGNALLED, Job, carry_out, plan, show
 from llava_genhancer.chain.steps import Choices
 from llava_genhancer.errors import InputError
 from llava_genhancer.fields import suggest
@@ -29,6 +29,8 @@ def ablate(
     dry_run: bool = False,
 ) -> int:
     """Plan an ablation, run what is missing, print its table and write its page; the same command goes on.
+
+    A signal ends it with the table so far.
 
     Args:
         name: a table or figure of the paper, of :data:`NAMES`.
@@ -58,18 +60,16 @@ def ablate(
     choices = Choices(preset=base_name(recipe), run_dir=out, deepspeed=deepspeed, hostfile=hostfile)
     command = list(sys.argv)
     with run.exclusive(out):
-        try:
-            failed = carry_out(jobs, choices)
-        except Stopped as stopped:
-            print(f"llava-genhancer: {stopped}", file=sys.stderr)
-            return stopped.status
+        status, failed = carry_out(jobs, choices)
         from llava_genhancer.ablate.page import plain, write_page
         from llava_genhancer.ablate.results import gather
 
         results = gather(name, recipe, grid, jobs, failed)
         page = write_page(results, out, ["llava-genhancer", *command[1:]])
     print(f"\n{plain(results)}\n\npage:   {page.with_suffix('.html')}\nfigure: {out / 'figures' / f'{name}.png'}")
-    return 1 if failed else 0
+    if status >= SIGNALLED:
+        print("llava-genhancer: stopped; the same command goes on", file=sys.stderr)
+    return status
 
 
 def _densities(out: Path, dry_run: bool) -> int:

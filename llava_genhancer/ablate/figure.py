@@ -45,7 +45,7 @@ def ablation_figure(table: Table, path: str | Path) -> None:
         for place, row in enumerate(table.rows):
             if not row.estimates:
                 middle = ("data", "axes fraction")
-                axes[0].annotate("failed", (place, 0.5), xycoords=middle, ha="center", rotation=90, color=COLOURS[6])
+                axes[0].annotate("failed", (place, 0.03), xycoords=middle, ha="center", color=COLOURS[6])
         axes[-1].set_xticks(places, [short(row.label, 22) for row in table.rows])
         if max(len(row.label) for row in table.rows) > 9 and len(table.rows) > 4:
             axes[-1].tick_params(axis="x", rotation=25)

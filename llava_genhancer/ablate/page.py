@@ -7,7 +7,7 @@ import io
 import os
 import shlex
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from llava_genhancer.evaluate.mmvp_results import GUESS, ONE_PAIR
 from llava_genhancer.run import versions, write_json, write_text
 
 PICTURES_SHOWN = 10
+IN_TERMINAL = ("mmvp", "change", "zero_shot", "seconds", "memory")  # the page has the rest
 
 
 def write_page(results: Table, output_dir: Path, command: Sequence[str]) -> Path:
@@ -41,8 +42,8 @@ def write_page(results: Table, output_dir: Path, command: Sequence[str]) -> Path
         _summary(results),
         f"![{text(head)}](figures/{results.name}.png)",
         "## Table",
-        table(_header(results), _body(results, text)),
-        _notes(results),
+        table(_header(results, results.quantities), _body(results, results.quantities, text)),
+        _notes(results, results.quantities),
         *_published_cost(results),
         *_failed(results),
         *_details(results),
@@ -61,7 +62,8 @@ def write_page(results: Table, output_dir: Path, command: Sequence[str]) -> Path
 
 def plain(results: Table) -> str:
     """The table as aligned plain text, for a terminal."""
-    rows = [_header(results), *_body(results, str)]
+    chosen = [q for q in results.quantities if q in IN_TERMINAL]
+    rows = [_header(results, chosen), *_body(results, chosen, str)]
     wrapped = [textwrap.wrap(cell, 20) for cell in rows[0]]
     height = max(map(len, wrapped))
     lines = [[cell[i - height] if i >= height - len(cell) else "" for cell in wrapped] for i in range(height)]
@@ -72,7 +74,7 @@ def plain(results: Table) -> str:
     ]
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     failed = [f"{cell}, seed {seed} failed: {line}" for cell, seed, line in results.failed]
-    notes = textwrap.wrap(_notes(results), 120, break_long_words=False, break_on_hyphens=False)
+    notes = textwrap.wrap(_notes(results, chosen), 120, break_long_words=False, break_on_hyphens=False)
     head = f"{results.name}: {results.grid.title} ({results.recipe})"
     return "\n".join([head, "", *shown[:height], rule, *shown[height:], "", *failed, *notes])
 
@@ -80,20 +82,20 @@ def plain(results: Table) -> str:
 # --- the table ----------------------------------------------------------------------------------------------------
 
 
-def _header(results: Table) -> list[str]:
-    ours = [QUANTITIES[q][0] for q in results.quantities]
+def _header(results: Table, quantities: Sequence[str]) -> list[str]:
+    ours = [QUANTITIES[q][0] for q in quantities]
     return [results.name, *ours, *(f"paper: {backbone}" for backbone in results.backbones)]
 
 
-def _body(results: Table, say: Any) -> list[list[str]]:
+def _body(results: Table, quantities: Sequence[str], say: Callable[[str], str]) -> list[list[str]]:
     rows = []
     if results.original is not None:
         score = results.original.average
         first = _cell("mmvp", Estimate(score.percent, score.low, score.high, "pairs"))
         published = [f"{_original(b):.1f}" for b in results.backbones]
-        rows.append(["original", first, *["-"] * (len(results.quantities) - 1), *published])
+        rows.append(["original", first, *["-"] * (len(quantities) - 1), *published])
     for row in results.rows:
-        ours = [_cell(q, row.estimates.get(q)) for q in results.quantities]
+        ours = [_cell(q, row.estimates.get(q)) for q in quantities]
         if not row.estimates:
             ours[0] = "failed"
         theirs = [f"{row.published[b]:.1f}" if b in row.published else "-" for b in results.backbones]
@@ -140,17 +142,18 @@ def _judged(row: Row) -> str:
     return f"{said}; the interval over {over} holds zero, no evidence of a difference."
 
 
-def _notes(results: Table) -> str:
+def _notes(results: Table, quantities: Sequence[str]) -> str:
     seeds = len(results.seeds)
     if seeds > 1:
         interval = f"Intervals are Student's 95 % over {seeds} seeds, which all answer the same pairs."
     else:
         interval = "Intervals are 95 % over the pairs of one seed: they say nothing about the next seed."
     said = [interval, f"One pair is {ONE_PAIR:.2f} points of MMVP-VLM, guessing gives {GUESS:.0f} %."]
-    if "clip_score" in results.quantities:
+    if "clip_score" in quantities:
         said.append(DEFINITIONS)
     if results.backbones:
-        said.append("Columns of the paper are other backbones on other data (arXiv 2503.19480).")
+        sources = "arXiv 2503.19480" + ("; DCR's own, arXiv 2603.04803" if results.name == "modes" else "")
+        said.append(f"Columns of the paper are other backbones on other data ({sources}).")
     if len(results.rows) > 2:
         said.append(f"{len(results.rows)} cells are {len(results.rows)} chances for an interval to miss by luck.")
     return " ".join(said)

@@ -38,7 +38,7 @@ class Stopped(Exception):
     """A signal ended a step; ``status`` is the whole command's."""
 
     def __init__(self, status: int):
-        super().__init__(f"stopped with status {status}: the same command goes on")
+        super().__init__(f"stopped with status {status}")
         self.status = status
 
 
@@ -60,6 +60,10 @@ class Job:
     @property
     def name(self) -> str:
         return f"{self.cell.label}, seed {self.seed}"
+
+    def finished(self) -> bool:
+        """Whether all its measurements are there, and so the training before them."""
+        return all(step.done_before() for step in self.steps if step.result is not None)
 
 
 def plan(
@@ -166,14 +170,11 @@ def _stage1(recipe: Recipe) -> dict[str, Any]:
 # --- doing it -----------------------------------------------------------------------------------------------------
 
 
-def carry_out(jobs: Sequence[Job], choices: Choices) -> dict[Path, str]:
-    """Run the jobs in order; one that fails is noted and the others go on.
+def carry_out(jobs: Sequence[Job], choices: Choices) -> tuple[int, dict[Path, str]]:
+    """Run the jobs in order; one that fails is noted and the others go on, until a signal stops all.
 
     Returns:
-        What failed jobs said, by folder.
-
-    Raises:
-        Stopped: a signal.
+        The exit status, and what jobs that failed or were not finished said, by folder.
     """
     if any(_toy(job.recipe) for job in jobs):
         from llava_genhancer.toyworld.writers import prepare
@@ -183,17 +184,25 @@ def carry_out(jobs: Sequence[Job], choices: Choices) -> dict[Path, str]:
     for number, job in enumerate(jobs, 1):
         print(f"== {number}/{len(jobs)} {job.name}", flush=True)
         began = time.monotonic()
-        line = _carry_out(job, choices)
+        try:
+            line = _carry_out(job, choices)
+        except Stopped as stopped:
+            unfinished = [other for other in jobs[number - 1 :] if not other.finished()]
+            return stopped.status, failed | {other.folder: "stopped before it was finished" for other in unfinished}
         if line is None:
             print(f"== {job.name}: {time.monotonic() - began:.0f} s", flush=True)
         else:
             failed[job.folder] = line
             print(f"== {job.name}: failed ({line})", flush=True)
-    return failed
+    return (1 if failed else 0), failed
 
 
 def _carry_out(job: Job, choices: Choices) -> str | None:
-    """The line of what failed, or None."""
+    """The line of what failed, or None.
+
+    Raises:
+        Stopped: a signal.
+    """
     try:
         share_stage1(job)
     except (InputError, OSError) as error:

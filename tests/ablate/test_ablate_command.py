@@ -159,6 +159,8 @@ def test_a_signal_stops_all_of_it_with_a_checkpoint(fields, toy_pairs, tmp_path,
     watcher.join()
     assert run.last_complete_checkpoint(stage) is not None
     assert not (out / "updated").exists()
+    rows = json.loads((out / "results.json").read_text())["cells"]
+    assert [row["failed"] for row in rows] == [{"0": "stopped before it was finished"}] * 2, "the table so far"
     assert "the same command goes on" in capfd.readouterr().err
 
 
