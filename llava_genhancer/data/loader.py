@@ -63,8 +63,9 @@ def sample_seed(*parts: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def _shuffled(count: int, *seed: object) -> list[int]:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(sample_seed(*seed))).tolist()
+def _shuffled(count: int, *seed: object) -> Tensor:
+    """A permutation; a tensor, as a list of a data set's length would take seconds and hundreds of megabytes."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(sample_seed(*seed)))
 
 
 class ImageStream(IterableDataset):
@@ -145,7 +146,7 @@ class ImageStream(IterableDataset):
         mine = _shuffled(len(self.source), self.seed, self.epoch)[reader::readers]
         while self.unit < len(mine):
             self.unit += 1
-            yield self.source.get(mine[self.unit - 1])
+            yield self.source.get(int(mine[self.unit - 1]))
 
     def _shards(self, reader: int, readers: int) -> Iterator[RawSample]:
         """This reader's samples of the epoch, in shuffled blocks of sequentially read shards."""
@@ -153,7 +154,7 @@ class ImageStream(IterableDataset):
             block, unit, offset = self._next_block(reader, readers)
             if not block:
                 return
-            order = _shuffled(len(block), self.seed, self.epoch, reader, self.block)
+            order = _shuffled(len(block), self.seed, self.epoch, reader, self.block).tolist()
             for i in range(self.position, len(order)):
                 self.position = i + 1
                 yield block[order[i]]
@@ -162,7 +163,7 @@ class ImageStream(IterableDataset):
     def _next_block(self, reader: int, readers: int) -> tuple[list[RawSample], int, int]:
         """The samples after ``unit``/``offset``, and the ``unit``/``offset`` after them."""
         assert isinstance(self.source, ShardSource)
-        order = _shuffled(len(self.source), self.seed, self.epoch)
+        order = _shuffled(len(self.source), self.seed, self.epoch).tolist()
         strided = len(order) < readers
         shards = order if strided else order[reader::readers]
         block: list[RawSample] = []

@@ -32,7 +32,8 @@ class TrainView:
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
         """An RGB image to uint8 (3, image_size, image_size); the global RNG is left as it was."""
         with torch.random.fork_rng(devices=[]):  # torchvision draws the crop from the global RNG
-            torch.manual_seed(seed)
+            # Not torch.manual_seed: without a device it keeps a formatted stack for CUDA's sake, each time.
+            torch.default_generator.manual_seed(seed)
             top, left, height, width = RandomResizedCrop.get_params(image, list(self.scale), list(self.ratio))
         size = [self.image_size, self.image_size]
         crop = resized_crop(image, top, left, height, width, size, interpolation=InterpolationMode.BICUBIC)
