@@ -502,7 +502,7 @@ def dcr(recipe: Recipe) -> Recipe:
     size: dict[str, Any] = {"per_device_batch_size": 8, "gradient_checkpointing": True}
     steps, snapshots = 4_600, tuple(s for s in recipe.stage2.snapshot_steps if s <= 4_600)
     if recipe.name == "tiny":
-        size, steps, snapshots = {"per_device_batch_size": 8}, 200, (50, 100, 200)
+        size, steps, snapshots = {"per_device_batch_size": 8, "global_batch_size": 16}, 200, (50, 100, 200)
     return _stable_diffusion(
         recipe,
         SD21,

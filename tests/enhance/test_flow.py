@@ -147,7 +147,7 @@ def test_noise_and_t_are_drawn_from_the_global_rng(recipe_of) -> None:
     drawn = denoiser(latents, condition)
     torch.manual_seed(5)
     t, noise = torch.sigmoid(torch.randn(3)), torch.randn(3, 16, 32)
-    assert torch.equal(denoiser(latents, condition, noise, t), drawn)
+    assert torch.equal(denoiser(latents, condition, noise=noise, t=t), drawn)
 
 
 def test_recomputed_activations_change_nothing(recipe_of) -> None:
@@ -159,7 +159,7 @@ def test_recomputed_activations_change_nothing(recipe_of) -> None:
         vec, txt = (c.requires_grad_() for c in condition_of(recipe, 2))
         generator = torch.Generator().manual_seed(2)
         latents, noise = torch.randn(2, 8, 8, 8, generator=generator), torch.randn(2, 16, 32, generator=generator)
-        denoiser(latents, Condition(vec, txt), noise, torch.tensor([0.2, 0.7])).backward()
+        denoiser(latents, Condition(vec, txt), noise=noise, t=torch.tensor([0.2, 0.7])).backward()
         gradients.append([vec.grad, txt.grad, *(p.grad for p in denoiser.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
