@@ -340,6 +340,6 @@ def _kwargs(config: Any) -> dict[str, Any]:
 def _hold(condition: bool, why: str, who: str = "transformers' CLIPModel and SiglipModel") -> None:
     if not condition:
         raise InputError(
-            f"{who} cannot hold it: {why}; open_clip's own format (--to open_clip) can be measured, and EVA-CLIP's kind "
-            "enhanced"
+            f"{who} cannot hold it: {why}; in open_clip's own format (--to open_clip) it can be measured, and "
+            "EVA-CLIP's kind enhanced"
         )

@@ -15,7 +15,9 @@ from llava_genhancer.convert.architecture import build_open_clip, hf_config, inf
 from llava_genhancer.convert.convert import OPENAI_WEIGHTS, convert
 from llava_genhancer.convert.weights import with_text_prefix
 from llava_genhancer.errors import InputError
+from llava_genhancer.evaluate.towers import load_tower
 from llava_genhancer.tower.export import verify_tower
+from llava_genhancer.toyworld.paths import resolve
 
 SENTENCES = ["a photo of a dog", "It's 3 RED cubes, left of the (blue) ball!", "über-naïve café", "x" * 400, ""]
 
@@ -74,6 +76,21 @@ def test_open_clip_itself_reads_our_folder(make_clip, inputs, tmp_path):
     image = Image.effect_noise((57, 41), 80).convert("RGB")
     pixels = AutoImageProcessor.from_pretrained(tower, backend="pil")(image, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(pixels, preprocess(image), atol=1e-5, rtol=0)
+
+
+def test_a_small_vocabulary_brings_its_own_tokenizer(tmp_path):
+    """The toy world's CLIP: 679 words, heads of 32, fp16; measured in both formats."""
+    toy = resolve("toyworld:clip")
+    folder = convert(toy, tmp_path / "open_clip", to="open_clip")
+    again = load_file(convert(str(folder), tmp_path / "again") / "model.safetensors")
+    original = load_file(f"{toy}/model.safetensors")
+    assert same(again, {n: v.float() for n, v in original.items()})
+    images = [Image.effect_noise((60, 48), 90).convert("RGB")]
+    texts = ["a photo of two red cubes", "one blue ball"]
+    one, other = (load_tower(str(f), "cpu") for f in (toy, folder))
+    torch.testing.assert_close(other.logits(images, texts), one.logits(images, texts), atol=1e-4, rtol=1e-5)
+    with pytest.raises(InputError, match="heads of 64"):
+        convert(toy, tmp_path / "openai", to="openai")
 
 
 def test_openais_reader_gets_its_own_file(make_clip, inputs, tmp_path):
