@@ -62,9 +62,9 @@ format: $(STAMP)
 	@$(BIN)/ruff format $(CODE)
 	@$(BIN)/ruff check --fix $(CODE)
 
-##  make bench        where a training step's time goes (ARGS="--size full" on a GPU)
+##  make bench        all benchmarks and one table of them (ARGS="--only data" for one; full size: scripts/gpu_check.sh)
 bench: $(STAMP)
-	@$(BIN)/python benchmarks/enhance_step.py $(or $(ARGS),--size tiny)
+	@$(BIN)/python benchmarks/table.py $(ARGS)
 
 ##  make bench-llava  our LLaVA trainings beside llava-torch's own: tokens per second and memory
 bench-llava: $(STAMP)

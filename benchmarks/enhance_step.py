@@ -165,7 +165,7 @@ def measure_stage(
     enhancer, target, facts, vae = build(recipe, stage, device)
     batch, size = recipe.per_device_batch_size, enhancer.backbone.image_size
     trained = [p for p in enhancer.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=recipe.weight_decay, fused=True)
 
     def autocast() -> AbstractContextManager[Any]:
         return torch.autocast(device.type, torch.bfloat16) if recipe.precision == "bf16" else nullcontext()

@@ -3,8 +3,9 @@
 #
 #   bash scripts/gpu_check.sh [--require] [--steps N] [--deepspeed JSON | --no-deepspeed] [RESULTS]
 #
-# Prints nvidia-smi and the doctor's list, times a full-size step (ViT-L/14@224, 1.31 B denoiser, batch 16, bf16), alone
-# and under DeepSpeed ZeRO-2 where that is installed, and runs a short `enhance tiny` on the GPU. Figures go to RESULTS
+# Prints nvidia-smi and the doctor's list, times a full-size step (ViT-L/14@224, 1.31 B denoiser, batch 16, bf16), alone,
+# beside the libraries' own modules, cached, compiled and in other variants, and under DeepSpeed ZeRO-2 where that is
+# installed, and runs a short `enhance tiny` on the GPU. Figures go to RESULTS
 # (default: benchmarks/results). Without a GPU: one line and status 0, or 1 with --require.
 # PYTHON chooses the interpreter (default: .venv/bin/python, else python3); packages may be on PYTHONPATH.
 set -u
@@ -63,6 +64,10 @@ echo && echo "== doctor" && HF_HUB_OFFLINE=0 "$python" -m llava_genhancer doctor
 
 full=("$python" "$benchmark" --size full --steps "$steps")
 step "full size" "${full[@]}" --output "$results/$name-full.json"
+# In two calls: a second model beside ours, then the candidates for a faster step, need most of 80 GB each.
+variants=("$python" "$here/benchmarks/step_variants.py" --size full --rounds "$steps")
+step "beside the libraries" "${variants[@]}" --output "$results/$name-variants.json"
+step "variants" "${variants[@]}" --no-libraries --compile --output "$results/$name-variants-compiled.json"
 if [ "$use_deepspeed" -eq 1 ]; then
   deepspeed=${deepspeed:-$here/configs/deepspeed/zero2.json}
   if [ ! -f "$deepspeed" ]; then
