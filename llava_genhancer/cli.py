@@ -332,6 +332,7 @@ def _recipes(args: Any) -> None:
         for name in recipes.RECIPES:
             r = recipes.get_recipe(name)
             print(f"{name:20} {r.backbone:42} stage 1 {r.stage1.max_steps:>6} steps, stage 2 {r.stage2.max_steps:>5}")
+        print(f"each with a method: {', '.join(f'NAME-{p}' for p in recipes.PARADIGMS)} (the default: flow)")
         return
     recipe = recipes.get_recipe(args.recipe)
     values, helps = recipes.to_dict(recipe), recipes.field_help(recipes.Recipe)
