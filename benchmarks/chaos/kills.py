@@ -112,6 +112,7 @@ def one(launcher: str, training: str, planned: Kill, steps: int, work: Path, row
     run_dir = work / "killed"
     stage_dir = run_dir / FOLDERS[training]
     where = f"{launcher} {training} {planned.moment}"
+    born = time.time()
     job = started(launcher, arguments(training, run_dir, steps), work / "killed.log")
     try:
         before = newest(stage_dir)
@@ -119,7 +120,7 @@ def one(launcher: str, training: str, planned: Kill, steps: int, work: Path, row
         target = stage_dir / f"checkpoint-{goal}"
         sign = target if planned.moment == "saving" else target / run.MARKER
         deadline = time.monotonic() + PATIENCE
-        while not sign.exists():
+        while not written_since(sign, born):
             if job.process.poll() is not None or time.monotonic() > deadline:
                 # Too late, which is nobody's fault and not counted, or something is wrong.
                 row.check(job.process.poll() == 0, f"{where}: ended before the kill: {tail(job)}")
@@ -142,6 +143,14 @@ def one(launcher: str, training: str, planned: Kill, steps: int, work: Path, row
                 row.check("Traceback" not in job.output(), f"{where}: traceback: {tail(job)}")
     finally:
         job.end()
+
+
+def written_since(path: Path, born: float) -> bool:
+    """Whether it is there and new: an earlier kill may have left a half-written checkpoint of that name."""
+    try:
+        return path.stat().st_mtime >= born
+    except FileNotFoundError:
+        return False
 
 
 def strike(job: Job, planned: Kill) -> bool:
