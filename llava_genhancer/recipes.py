@@ -69,7 +69,7 @@ POSITIVE_COUNTS = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "num_workers", "lora_rank", "lora_alpha", "sample_images", "seed", "max_grad_norm", "weight_decay",
-    "denoiser_layers", "denoiser_single_layers", "align_weight", "unmask_temperature", "cache_crops",
+    "denoiser_layers", "denoiser_single_layers", "unmask_temperature", "cache_crops",
 )  # fmt: skip
 MAX_SEED = 2**32 - 100  # numpy takes 32 bits, and the stages count on from it
 # Fields that only some denoisers read; under another one they must keep their default.
@@ -193,9 +193,6 @@ class Recipe:
     )
     contrast_temperature: float = option(0.1, "temperature of the contrast")
     draws_per_image: int = option(1, "(noise, t) draws per image in one step (DIVA: 2)")
-    align_weight: float = option(
-        0.0, "weight of 1 - cosine(global token, the original's) in a stage that trains the backbone (ours)"
-    )
 
     # LoRA on the backbone.
     lora_rank: int = option(16, "rank; 0 fine-tunes every weight of the vision tower (Fig. 8)")
