@@ -31,7 +31,8 @@ COUNTS = {
 @pytest.fixture
 def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAVA_GENHANCER_CACHE", str(tmp_path / "cache"))
-    for name, value in {"TRAIN_IMAGES": 64, "LLAVA_IMAGES": 48, "QUESTIONS_PER_DETAIL": 2}.items():
+    sizes = {"TRAIN_IMAGES": 64, "LLAVA_IMAGES": 48, "QUESTIONS_PER_DETAIL": 2}
+    for name, value in (sizes | {"CRITTERS_PER_CLASS": 1, "CAPTIONED_IMAGES": 6}).items():
         monkeypatch.setattr(writers, name, value)
     for name in ("PAIRS_PER_PATTERN", "GROUPS", "PER_PART", "PER_CATEGORY", "SCIENCE", "SETS"):
         monkeypatch.setattr(benchmarks, name, 2)
@@ -45,8 +46,8 @@ def test_the_whole_chain_and_again(tmp_path: Path, small_world: None, capfd: pyt
     run = tmp_path / "run"
     assert demo(FIELDS, run) == 0, capfd.readouterr().err
     words = (run / "report.md").read_text()
-    for said in ("## MMVP-VLM", "## Linear probes", "## LLaVA", "| enhanced | finetune | 2 |", "| **average** | 20 |",
-                 "(baseline/llava-finetune/manifest.json)"):  # fmt: skip
+    for said in ("## MMVP-VLM", "## Retention", "## Linear probes", "## LLaVA", "| enhanced | finetune | 2 |",
+                 "| **average** | 20 |", "(baseline/llava-finetune/manifest.json)"):  # fmt: skip
         assert said in words, said
     manifest = json.loads((run / "llava-finetune" / "manifest.json").read_text())
     assert manifest["command"][:4] == ["llava-genhancer", "llava", "finetune", "tiny"]
