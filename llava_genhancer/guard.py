@@ -169,7 +169,7 @@ class LossGuard:
                 f"{self.file.with_name('bad-steps-rank*.jsonl')} names, or raise it, then repeat the command"
             )
         if self.rank == 0:
-            log.warning("step %d is skipped: its gradient is not finite", step)
+            log.warning("step %d is skipped on every rank", step)
 
     # --- words ----------------------------------------------------------------------------------------------------
 
