@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,34 +29,36 @@ from llava_genhancer import costs, recipes
 from llava_genhancer.recipes import Recipe
 
 WORKER = Path(__file__).with_name("scaling_worker.py")
-# What a rank hands to collectives per optimizer step, in trained parameters P and frozen F of the engine.
 GBIT = 1e9 / 8
 
 
-def payload(stage: int | None, trained: int, frozen: int, width: int, micro_steps: int) -> float:
-    """Bytes of the tensors in one rank's collectives for one optimizer step (see scaling.md).
+def payload(
+    stage: int | None, trained: int, frozen: int, width: int, micro_steps: int, through: bool
+) -> tuple[float, float]:
+    """Bytes of the tensors in one rank's collectives for one optimizer step: all-reduced, and all others (scaling.md).
 
     Args:
         stage: ZeRO's; None is DDP.
         trained: parameters that learn; ``frozen``: those that do not.
         width: bytes of a weight and of a gradient: 2 in bf16, 4 in fp32.
         micro_steps: forward and backward passes in the step.
+        through: whether gradients pass through the frozen ones, which ZeRO-3 then gathers a second time.
     """
-    if stage is None:
-        return 4.0 * trained  # one all-reduce of fp32 gradients, in the last micro-step
     weights = float(width * trained)
-    if stage == 1:
-        return weights + weights  # gradients reduced once, new weights gathered
-    if stage == 2:
-        return micro_steps * weights + weights
-    gathered = 2 * width * (trained + frozen)  # weights for the forward and again for the backward pass
-    return micro_steps * (gathered + weights)
+    if stage is None:
+        return 4.0 * trained, 0.0  # fp32 gradients, in the last micro-step
+    if stage < 3:
+        return (micro_steps if stage == 2 else 1) * weights, weights
+    gathered = width * (2 * trained + (2 if through else 1) * frozen)  # for the forward and for the backward pass
+    return 0.0, float(micro_steps * (gathered + weights))
 
 
-def wire(stage: int | None, trained: int, frozen: int, width: int, micro_steps: int, ranks: int) -> float:
-    """Bytes that one rank sends in a step with ring collectives: an all-reduce of n bytes sends 2 n (r - 1) / r."""
-    share = (ranks - 1) / ranks
-    return payload(stage, trained, frozen, width, micro_steps) * share * (2 if stage is None else 1)
+def wire(
+    stage: int | None, trained: int, frozen: int, width: int, micro_steps: int, through: bool, ranks: int
+) -> float:
+    """Bytes that one rank sends in a step over rings: (r - 1) / r of each tensor, twice that for an all-reduce."""
+    reduced, moved = payload(stage, trained, frozen, width, micro_steps, through)
+    return (2 * reduced + moved) * (ranks - 1) / ranks
 
 
 def forecast(recipe: Recipe, stage: int, link: float, flops: float) -> list[dict[str, Any]]:
@@ -77,7 +78,7 @@ def forecast(recipe: Recipe, stage: int, link: float, flops: float) -> list[dict
         micro = max(1, recipe.global_batch_size // (batch * ranks))
         computing = micro * batch * image / flops
         for zero in (None, 1, 2, 3):
-            seconds = wire(zero, trained, frozen, 2, micro, ranks) / link
+            seconds = wire(zero, trained, frozen, 2, micro, stage == 2, ranks) / link
             rows.append(
                 {
                     "stage": stage, "ranks": ranks, "zero": zero, "images_per_rank": batch * micro,
@@ -87,8 +88,8 @@ def forecast(recipe: Recipe, stage: int, link: float, flops: float) -> list[dict
     return rows
 
 
-def launch(zero: int | None, ranks: int, steps: int, batch: int) -> dict[str, Any]:
-    """A short training of the worker; rank 0's report."""
+def launch(ways: list[str], ranks: int, steps: int, batch: int) -> list[dict[str, Any]]:
+    """Short trainings in the worker, one after the other; rank 0's reports."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -100,11 +101,11 @@ def launch(zero: int | None, ranks: int, steps: int, batch: int) -> dict[str, An
                 **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
             }  # fmt: skip
-            command = [sys.executable, str(WORKER), str(zero), str(steps), str(batch), str(out)]
+            command = [sys.executable, str(WORKER), str(steps), str(batch), str(out), *ways]
             workers.append(
                 subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             )
-        errors = [worker.communicate(timeout=300)[1] for worker in workers]
+        errors = [worker.communicate(timeout=600)[1] for worker in workers]
         if any(worker.returncode for worker in workers):
             raise RuntimeError(errors[0].decode()[-2000:])
         return json.loads(out.read_text())  # type: ignore[no-any-return]
@@ -112,11 +113,11 @@ def launch(zero: int | None, ranks: int, steps: int, batch: int) -> dict[str, An
 
 def measured(steps: int) -> list[dict[str, Any]]:
     """Counted bytes beside the model's, for each way to train."""
-    rows = []
-    for zero in (None, 1, 2, 3):
-        report = launch(zero, 2, steps, 4)
-        expected = payload(zero, report["trained"], report["frozen"], 4, report["micro_steps"])
-        rows.append({"zero": zero, "bytes": report["bytes"], "model_bytes": expected, "by_kind": report["by_kind"]})
+    rows = launch(["ddp", "1", "2", "3"], 2, steps, 4)
+    for row in rows:
+        row["model_bytes"] = sum(
+            payload(row["zero"], row["trained"], row["frozen"], 4, row["micro_steps"], through=False)
+        )
     return rows
 
 
@@ -133,12 +134,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for row in rows:
         name = "DDP" if row["zero"] is None else f"ZeRO-{row['zero']}"
         print(f"{name:12}{row['bytes']:>16,.0f}{row['model_bytes']:>16,.0f}{row['bytes'] / row['model_bytes']:>8.3f}")
-    rates: dict[int, list[float]] = {1: [], 2: []}
-    for _ in range(2):
-        for ranks in rates:
-            rates[ranks].append(launch(None, ranks, 3 * args.steps, 8 // ranks)["images_per_second"])
-    speed = {str(ranks): statistics.median(found) for ranks, found in rates.items()}
-    print(f"one rank {speed['1']:.1f} images/s, two ranks with half the batch each {speed['2']:.1f}")
+    one = launch(["ddp"], 1, args.steps, 8)[0]["images_per_second"]
+    speed = {"1": one, "2": rows[0]["images_per_second"]}
+    print(f"one rank {one:.1f} images/s, two ranks with half the batch each {speed['2']:.1f}")
     recipe = recipes.get_recipe("openai-l14-224")
     table = [r for s in (1, 2) for r in forecast(recipe, s, args.link_gbit * GBIT, args.tflops * 1e12)]
     for row in table:

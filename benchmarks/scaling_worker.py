@@ -1,6 +1,6 @@
 """One rank of scaling.py: a few steps of a tiny denoiser's training, every collective's tensors counted.
 
-python scaling_worker.py ZERO(None|1|2|3) STEPS BATCH REPORT.json
+python scaling_worker.py STEPS BATCH REPORT.json ddp|1|2|3 ...
 """
 
 # ruff: noqa: E402 - the path is set before the imports that need it
@@ -20,6 +20,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import torch
 import torch.distributed as dist
 from enhance_step import build
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from llava_genhancer import recipes
 
@@ -28,6 +29,11 @@ COLLECTIVES = {  # name: the argument whose bytes are the collective's whole dat
     "all_gather": 0, "reduce_scatter": 1, "_all_gather_base": 0, "_reduce_scatter_base": 1,
 }  # fmt: skip
 MICRO_STEPS = 2
+# ZeRO-3 would keep a model this small whole; one of the paper's size it does not.
+NOTHING_STAYS = {
+    "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0,
+    "stage3_prefetch_bucket_size": 0,
+}  # fmt: skip
 
 
 def count_collectives(counts: Counter[str]) -> None:
@@ -50,12 +56,10 @@ def count_collectives(counts: Counter[str]) -> None:
             wrap(name, position)
 
 
-def main(zero: int | None, steps: int, batch: int, report: Path) -> None:
-    """Train, and let rank 0 report."""
-    torch.set_num_threads(1)
+def train(way: str, steps: int, batch: int, counts: Counter[str]) -> dict[str, Any]:
+    """Some steps in one way: bytes by collective and images per second."""
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    counts: Counter[str] = Counter()
-    count_collectives(counts)
+    zero = None if way == "ddp" else int(way)
     recipe = recipes.override(recipes.get_recipe("tiny"), {"per_device_batch_size": batch, "vae_posterior": "mean"})
     enhancer, target, *_ = build(recipe, 1, torch.device("cpu"))
     trained = [p for p in enhancer.parameters() if p.requires_grad]
@@ -66,19 +70,15 @@ def main(zero: int | None, steps: int, batch: int, report: Path) -> None:
     seen, latents = enhancer.backbone.normalise(images), target.encode(images)
     model: Any = enhancer
     if zero is None and ranks > 1:
-        dist.init_process_group("gloo")
         model = torch.nn.parallel.DistributedDataParallel(enhancer)
-        # DDP's reducer is C++ and passes no Python collective: its hook is where the buckets can be counted.
-        model.register_comm_hook(None, _counting_hook(counts))
+        # DDP's reducer is C++ and passes no Python collective; this hook lets it.
+        model.register_comm_hook(None, allreduce_hook)
     elif zero is not None:
         import deepspeed
-        import deepspeed.ops
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="gloo")
         config = {
             "train_micro_batch_size_per_gpu": batch, "gradient_accumulation_steps": MICRO_STEPS,
-            "zero_optimization": {"stage": zero}, "zero_allow_untested_optimizer": True, "gradient_clipping": 1.0,
+            "zero_optimization": {"stage": zero, **NOTHING_STAYS}, "zero_allow_untested_optimizer": True, "gradient_clipping": 1.0,
         }  # fmt: skip
         model, optimizer, *_ = deepspeed.initialize(model=enhancer, optimizer=optimizer, config=config)
     marks, before = [], Counter[str]()
@@ -98,23 +98,35 @@ def main(zero: int | None, steps: int, batch: int, report: Path) -> None:
                 model.backward(model(seen, latents))
                 model.step()
     marks.append(time.perf_counter())
-    if rank == 0:
-        by_kind = {name: (n - before[name]) / steps for name, n in counts.items() if n > before[name]}
-        rate = steps * MICRO_STEPS * batch * ranks / (marks[-1] - marks[1])
-        found = {"bytes": sum(by_kind.values()), "by_kind": by_kind, "images_per_second": rate}
-        found |= {"trained": sizes[0], "frozen": sizes[1] - sizes[0], "micro_steps": MICRO_STEPS}
+    if zero is not None:
+        model.destroy()
+    by_kind = {name: (n - before[name]) / steps for name, n in counts.items() if n > before[name]}
+    return {
+        "zero": zero,
+        "bytes": sum(by_kind.values()),
+        "by_kind": by_kind,
+        "images_per_second": steps * MICRO_STEPS * batch * ranks / (marks[-1] - marks[1]),
+        "trained": sizes[0],
+        "frozen": sizes[1] - sizes[0],
+        "micro_steps": MICRO_STEPS,
+    }
+
+
+def main(steps: int, batch: int, report: Path, ways: list[str]) -> None:
+    """Train in every way, and let rank 0 report."""
+    torch.set_num_threads(1)
+    counts: Counter[str] = Counter()
+    count_collectives(counts)
+    dist.init_process_group("gloo")
+    if ways != ["ddp"]:
+        import deepspeed
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="gloo")
+    found = [train(way, steps, batch, counts) for way in ways]
+    if dist.get_rank() == 0:
         report.write_text(json.dumps(found))
-
-
-def _counting_hook(counts: Counter[str]) -> Any:
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-
-    def hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        counts["all_reduce"] += bucket.buffer().numel() * bucket.buffer().element_size()
-        return allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
-
-    hook.__annotations__ |= {"bucket": dist.GradBucket, "return": torch.futures.Future[torch.Tensor]}  # it is checked
-    return hook
 
 
 def _quiet(model: Any, quiet: bool) -> Any:
@@ -124,5 +136,4 @@ def _quiet(model: Any, quiet: bool) -> Any:
 
 
 if __name__ == "__main__":
-    which, steps, batch, report = sys.argv[1:]
-    main(None if which == "None" else int(which), int(steps), int(batch), Path(report))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
