@@ -75,7 +75,7 @@ def test_the_whole_chain_and_again(tmp_path: Path, small_world: None, capfd: pyt
     capfd.readouterr()
     assert demo(FIELDS, run) == 0
     assert {p: p.stat().st_mtime_ns for p in results} == before, "a second start does nothing"
-    assert capfd.readouterr().out.count("done before") == 4
+    assert capfd.readouterr().out.count("done before") == 5
 
 
 def test_seeds_are_counted_from_one(tmp_path: Path) -> None:
