@@ -78,7 +78,8 @@ def train(way: str, steps: int, batch: int, counts: Counter[str]) -> dict[str, A
 
         config = {
             "train_micro_batch_size_per_gpu": batch, "gradient_accumulation_steps": MICRO_STEPS,
-            "zero_optimization": {"stage": zero, **NOTHING_STAYS}, "zero_allow_untested_optimizer": True, "gradient_clipping": 1.0,
+            "zero_optimization": {"stage": zero, **NOTHING_STAYS}, "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 1.0,
         }  # fmt: skip
         model, optimizer, *_ = deepspeed.initialize(model=enhancer, optimizer=optimizer, config=config)
     marks, before = [], Counter[str]()

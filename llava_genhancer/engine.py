@@ -112,7 +112,7 @@ def training_arguments(
             "output_dir": str(stage_dir),
             "per_device_train_batch_size": per_device_batch_size,
             "gradient_accumulation_steps": steps,
-            "optim": "adamw_torch",
+            "optim": "adamw_torch_fused",  # one pass over weights and moments; on CPUs too
             "use_cpu": on_cpu,
             "ddp_timeout": math.ceil(60 * timeout_minutes * 1.25) + 5,
             "ddp_backend": "gloo" if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,

@@ -73,7 +73,7 @@ class VisionBackbone(nn.Module):
         """uint8 images (B, 3, H, W) as this backbone's ``pixel_values``, fp32 (B, 3, H, W)."""
         mean = torch.tensor(self.image_mean, device=images.device).view(3, 1, 1)
         std = torch.tensor(self.image_std, device=images.device).view(3, 1, 1)
-        return (images.float() / 255 - mean) / std
+        return images.float().div_(255).sub_(mean).div_(std)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) to global tokens (B, D)."""

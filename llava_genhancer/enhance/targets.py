@@ -92,7 +92,7 @@ class VaeTarget:
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
         """uint8 images (B, 3, H, W) to the posterior's mean and log-variance, fp32 (B, 2 C, H/f, W/f), or its mean."""
-        pixels = (images.float() / 127.5 - 1).to(self.vae.dtype)
+        pixels = images.float().div_(127.5).sub_(1).to(self.vae.dtype)
         moments = self.vae.encode(pixels).latent_dist.parameters.float()
         return moments if self.posterior == "sample" else moments[:, : self.channels]
 

@@ -80,7 +80,7 @@ class VqTarget:
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
         """uint8 images (B, 3, H, W) to token ids (B, N), long, in [0, V), row by row."""
-        pixels = (images.float() / 127.5 - 1).to(self.vq.dtype)
+        pixels = images.float().div_(127.5).sub_(1).to(self.vq.dtype)
         encoded = self.vq.encode(pixels).latents.float().flatten(2).mT  # (B, N, E)
         if self.unit_codes:
             encoded = normalize(encoded, dim=-1)
