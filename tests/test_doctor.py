@@ -246,6 +246,6 @@ sys.exit(examine(get_recipe("tiny")))
         assert re.search(rf"PROBLEM  {package} +not installed", done.stdout)
 
 
-@pytest.mark.parametrize("name", ["doctor", "costs/work", "fields", "recipes", "errors", "run", "cli"])
+@pytest.mark.parametrize("name", ["doctor", "costs/work", "fields", "recipe", "recipes", "errors", "run", "cli"])
 def test_syntax_of_python_3_10(name: str) -> None:
     ast.parse((ROOT / "llava_genhancer" / f"{name}.py").read_text(), feature_version=(3, 10))
