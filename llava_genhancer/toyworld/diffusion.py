@@ -1,7 +1,7 @@
 """The toy world's pre-trained denoisers: a Stable Diffusion and a FLUX, tiny, as ordinary diffusers folders.
 
 ``python -m llava_genhancer.toyworld.diffusion --output DIR`` trains both on captions. What is shipped under
-``weights/`` comes from ``--images 2500 --steps 250``. Both read the toy CLIP's text tower and rebuild the latents of
+``weights/`` comes from ``--images 5000 --steps 1200``. Both read the toy CLIP's text tower and rebuild the latents of
 the toy VAE, which stays in its own folder.
 
 Shapes: B images, latents 8 x 12 x 12 (FLUX packs them as 36 tokens of 32), captions of 77 tokens, 96 wide.
