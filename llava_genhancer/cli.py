@@ -169,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", required=True, metavar="DIR", help="folder with Questions.csv and 'MLLM_VLM Images'")
     sub.add_argument("--output", metavar="JSON", help="write the results here, and the picture beside it")
     sub.add_argument("--batch_size", type=int, default=64)
+    sub.add_argument("--locals", action="store_true", help="score the mean of the local tokens too, as DIVA does")
     sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
 
     sub = verb(
@@ -384,7 +385,8 @@ def _convert(args: Any) -> None:
 def _mmvp_vlm(args: Any) -> None:
     from llava_genhancer.evaluate.mmvp_vlm import run
 
-    run(args.towers, args.data, output=args.output, batch_size=args.batch_size, device=args.device)
+    batch, device = args.batch_size, args.device
+    run(args.towers, args.data, output=args.output, batch_size=batch, device=device, locals_too=args.locals)
 
 
 def _zero_shot(args: Any) -> None:

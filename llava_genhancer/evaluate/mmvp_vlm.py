@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llava_genhancer.errors import InputError
+from llava_genhancer.evaluate.local_scores import with_locals
 from llava_genhancer.evaluate.mmvp_data import PAIRS, Benchmark, Pair, load_benchmark, open_image
 from llava_genhancer.evaluate.mmvp_results import (
     GUESS,
@@ -146,6 +147,7 @@ def run(
     batch_size: int = 64,
     device: str | None = None,
     labels: Sequence[str] | None = None,
+    locals_too: bool = False,
 ) -> dict[str, Any]:
     """The command ``mmvp-vlm``: measure every tower, print the table, write JSON and a picture.
 
@@ -154,6 +156,7 @@ def run(
         data: MMVP-VLM's folder.
         output: JSON to write, or a folder for ``mmvp_vlm.json``; the picture goes beside it as ``.png``.
         labels: names for table and figure, one per tower; default: as much of each path as tells them apart.
+        locals_too: score by the global token plus the mean of the local ones, as DIVA does OpenAI's towers.
 
     Returns:
         What the JSON holds.
@@ -171,7 +174,10 @@ def run(
     target = output_path(Path(output).expanduser(), "mmvp_vlm.json") if output is not None else None
     benchmark = load_benchmark(data)
     results = []
-    for tower, label in zip(towers, labels or short_labels(towers), strict=True):
+    for name, label in zip(towers, labels or short_labels(towers), strict=True):
+        tower = load_tower(name, chosen)
+        tower = with_locals(tower) if locals_too else tower
+        label = f"{label} (with locals)" if locals_too else label
         result = evaluate_tower(tower, benchmark, batch_size=batch_size, device=chosen, progress=True)
         results.append(dataclasses.replace(result, label=label))
     print(f"MMVP-VLM, {benchmark.path}, percent of pairs\n\n{table(results)}")
