@@ -24,7 +24,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from llava_genhancer import run
-from llava_genhancer.errors import InputError, reason
+from llava_genhancer.errors import InputError, plain, reason
 from llava_genhancer.resources import resource_dir
 from llava_genhancer.trainer import FINAL_FILE, ExactTrainer
 
@@ -246,7 +246,7 @@ def finish_stage(trainer: ExactTrainer, final: Path, seconds: float, **facts: An
                 stage_dir.name,
                 skipped["skipped"],
                 skipped["read"],
-                "; ".join(f"{key}: {why}" for key, why in skipped["keys"][:3]),
+                plain("; ".join(f"{key}: {why}" for key, why in skipped["keys"][:3])),
                 "; ..." if len(skipped["keys"]) > 3 else "",
                 stage_dir / "result.json",
             )

@@ -190,4 +190,4 @@ class LossGuard:
 
 
 def _batch(keys: list[str]) -> str:
-    return f"batch keys: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
+    return f"batch keys: {plain(', '.join(keys[:4]))}{', ...' if len(keys) > 4 else ''}"

@@ -18,7 +18,7 @@ import numpy as np
 
 from llava_genhancer.data.entries import read_entries
 from llava_genhancer.data.loader import SkipReport
-from llava_genhancer.errors import InputError
+from llava_genhancer.errors import InputError, plain
 from llava_genhancer.llava.conversation import IMAGE, Turn
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def read_samples(path: str | os.PathLike, image_folder: str | os.PathLike | None
     if max(lengths) > 0 and not folder:
         raise InputError(f"data {path} names images: give image_folder, the root of their paths")
     if report.skipped:
-        keys = ", ".join(key for key, _ in report.keys[:3])
+        keys = plain(", ".join(key for key, _ in report.keys[:3]))
         log.warning("data %s: %s (%s, ...)", path, summary(report), keys)
     if unshown:
         log.warning("data %s: %d with an image that no <image> shows are read as text", path, unshown)

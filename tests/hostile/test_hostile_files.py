@@ -197,12 +197,14 @@ def test_a_line_of_two_gigabytes_is_refused_at_its_beginning(tmp_path: Path) -> 
         read_samples(path, tmp_path)
 
 
-def test_text_that_is_half_a_character(tmp_path: Path) -> None:
+def test_text_that_is_half_a_character(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """JSON may escape a lone surrogate, which no file can hold: it is trained on, reported, and read back."""
     turns = [{"from": "human", "value": "<image>\n\ud800"}, {"from": "gpt", "value": "\udfff"}]
     entries = [{"id": "\ud800", "image": "\ud800.png", "conversations": turns}, {"id": "\ud801", "conversations": []}]
     (tmp_path / "chat.json").write_text(json.dumps(entries))
     samples = read_samples(tmp_path / "chat.json", tmp_path)
+    assert "\\ud801" in caplog.text
+    caplog.text.encode()  # a log that a terminal cannot hold would end the run
     with pytest.raises(BadImage):
         decode(samples.image_path(samples[0].images[0]))
     run.write_json(tmp_path / "report.json", samples.report.to_dict())
