@@ -20,6 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llava_genhancer.errors import plain
+
 log = logging.getLogger(__name__)
 WINDOW = 50  # accepted steps whose median is the usual loss
 ENOUGH = 10  # steps before anything is called a spike
