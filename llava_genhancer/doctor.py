@@ -139,6 +139,8 @@ def inspect(
     yield finding
     vae, finding = _target(recipe)
     yield finding
+    if recipe.denoiser_weights is not None:
+        yield _denoiser(recipe)
     yield _data(recipe)
     yield from _device_lines(recipe, torch, devices, gpus)
     if backbone is not None:
@@ -475,7 +477,8 @@ def _download(what: str, name: str, size: float, gated: bool = False) -> Finding
         todo = "unset HF_HUB_OFFLINE, or give the path of a local copy"
         return Finding(PROBLEM, what, f"{name} is not in the cache and HF_HUB_OFFLINE is set", todo)
     if gated and not _has_token():
-        todo = f"accept its licence at https://huggingface.co/{name} and set HF_TOKEN, or --vae /path/to/ae.safetensors"
+        todo = f"accept its licence at https://huggingface.co/{name} and set HF_TOKEN, or give a local copy by path"
+        todo += " (--vae ae.safetensors)" if what == "VAE" else ""
         return Finding(PROBLEM, what, f"{name} is gated and there is no HF_TOKEN", todo)
     cache = os.environ.get("HF_HUB_CACHE") or os.path.join(os.environ.get("HF_HOME", "~/.cache/huggingface"), "hub")
     there = _existing(Path(cache).expanduser())
@@ -558,6 +561,25 @@ def facts_of(recipe: Recipe) -> tuple[Backbone, Vae] | None:
 def _target(recipe: Recipe) -> tuple[Vae, Finding]:
     """The facts of what makes the denoiser's targets."""
     return _vq(recipe) if recipe.denoiser == "masked" else _vae(recipe)
+
+
+def _denoiser(recipe: Recipe) -> Finding:
+    """A pretrained denoiser: there, to be downloaded, or not to be had."""
+    name = str(recipe.denoiser_weights)
+    try:
+        from llava_genhancer.enhance.pretrained import check_denoiser
+
+        check_denoiser(recipe)
+    except ImportError as error:
+        return Finding(PROBLEM, "denoiser", f"{name} could not be looked at: {error}", INSTALL)
+    except InputError as error:
+        return Finding(PROBLEM, "denoiser", str(error), "--denoiser_weights PATH")
+    size = costs.denoiser_parameters(recipe)
+    part = "unet" if recipe.denoiser == "unet" else "transformer"
+    if not _is_local(name) and _cached(name, f"{part}/config.json") is None:
+        bytes_each = 2.0 if recipe.denoiser_dtype == "bfloat16" else 4.0
+        return _download("denoiser", name, bytes_each * size, name.startswith("black-forest-labs/"))
+    return Finding(OK, "denoiser", f"{name}: {size / 1e6:.1f} M parameters")
 
 
 def _vq(recipe: Recipe) -> tuple[Vae, Finding]:

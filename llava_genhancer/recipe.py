@@ -297,7 +297,7 @@ class Recipe:
             if self.denoiser not in readers and getattr(self, name) != getattr(Recipe, name):
                 raise InputError(
                     f"{name}={getattr(self, name)} has no meaning with denoiser={self.denoiser}: only "
-                    f"{' and '.join(readers)} reads it"
+                    f"{' and '.join(readers)} {'read' if len(readers) > 1 else 'reads'} it"
                 )
         for name, top in (("crop_scale", 1.0), ("crop_ratio", float("inf")), ("mask_ratio", 1.0)):
             low, high = getattr(self, name)
@@ -332,6 +332,11 @@ class Recipe:
             raise InputError("objective=contrast takes one draw per image: draws_per_image=1")
 
     def _check_condition(self) -> None:
+        if self.local_count is not None and self.local_ratio != 1.0:
+            raise InputError(
+                f"local_count={self.local_count} and local_ratio={self.local_ratio} both say how many: set one "
+                "(--local_count none frees the share)"
+            )
         if not 0 <= self.local_ratio <= 1:
             raise InputError(f"local_ratio={self.local_ratio} must lie between 0 and 1")
         local = (self.local_ratio, self.local_count, self.local_replacement)

@@ -223,8 +223,7 @@ def get_recipe(name: str) -> Recipe:
         base, paradigm = name, "flow"
     if base not in RECIPES:
         suffixes = ", ".join(f"-{p}" for p in PARADIGMS)
-        raise InputError(
-            f"unknown recipe '{name}'{suggest(base, RECIPES)}; known: {', '.join(RECIPES)}, with {suffixes}"
-        )
+        names = [*RECIPES, *(f"{r}-{p}" for r in RECIPES for p in PARADIGMS)]
+        raise InputError(f"unknown recipe '{name}'{suggest(name, names)}; known: {', '.join(RECIPES)}, with {suffixes}")
     recipe = PARADIGMS[paradigm](RECIPES[base]())
     return recipe if paradigm == "flow" else dataclasses.replace(recipe, name=name)

@@ -196,7 +196,8 @@ def open_run(
     manifest = run_dir / MANIFEST
     if manifest.exists():
         changed = differences(recipe, recipe_of(run_dir, type(recipe)), ignore=ignore)
-        if changed:
+        # A run that was refused before it began has nothing to protect.
+        if changed and any(p.name not in (MANIFEST, ".lock") for p in run_dir.iterdir()):
             raise InputError(
                 f"{run_dir} holds a run of another recipe ({'; '.join(changed)}): choose another --output_dir, "
                 "or repeat the run's own recipe"

@@ -97,6 +97,17 @@ def test_the_discrete_denoisers_tokenizer_is_counted(tmp_path: Path) -> None:
     assert "multiple of 4" in problems(recipes.override(recipe, {"target_size": 50}))["image size"].todo
 
 
+def test_a_pretrained_denoiser_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipes.get_recipe("tiny-diva")
+    assert re.fullmatch(r"toyworld:sd: [\d.]+ M parameters", findings(recipe)["denoiser"].found)
+    gone = dataclasses.replace(recipe, denoiser_weights=str(tmp_path / "nowhere"))
+    assert "does not exist" in problems(gone)["denoiser"].found
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert "about 22.2 GiB" in findings(recipes.get_recipe("openai-l14-224-flux"))["denoiser"].found or (
+        "gated" in findings(recipes.get_recipe("openai-l14-224-flux"))["denoiser"].found
+    )
+
+
 def test_gpus_with_something_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, gpu(80, capability=(7, 0)))
     assert "--precision fp32" in problems(PAPER)["GPU 0"].todo

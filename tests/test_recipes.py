@@ -197,6 +197,7 @@ def test_none_and_words_for_truth() -> None:
         ({"local_ratio": 0.2}, "local_ratio, local_count, local_replacement need condition=locals, not cls"),
         ({"condition": "pooled", "condition_into": "vec"}, "carries the global token alone"),
         ({"local_count": 0, "condition": "locals"}, "local_count=0 must be at least 1"),
+        ({"local_count": 5, "local_ratio": 0.2, "condition": "locals"}, "both say how many: set one"),
     ],
 )
 def test_what_no_run_can_use_is_refused_in_one_line(changes, words) -> None:
@@ -222,6 +223,11 @@ def test_every_method_exists_for_every_backbone(name, paradigm) -> None:
     assert recipe.backbone == get_recipe(name).backbone
     assert recipe.name == (name if paradigm == "flow" else f"{name}-{paradigm}")
     assert from_dict(json.loads(json.dumps(to_dict(recipe), allow_nan=False)), Recipe) == recipe
+
+
+def test_the_nearest_name_has_its_method() -> None:
+    with pytest.raises(InputError, match="did you mean 'tiny-masked'"):
+        get_recipe("tiny-maskd")
 
 
 def test_recipes_cannot_be_changed_in_place() -> None:

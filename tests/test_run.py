@@ -193,8 +193,17 @@ def test_reopening_keeps_what_others_wrote_into_the_manifest(tmp_path) -> None:
     assert manifest["recipe"]["data"] == "moved"
 
 
+def test_a_run_that_never_began_gives_way(tmp_path) -> None:
+    """A recipe that was refused while its models were loaded does not block the corrected one."""
+    with run.exclusive(tmp_path):
+        run.open_run(tmp_path, Recipe())
+    run.open_run(tmp_path, override(Recipe(), {"lora_rank": 8}))
+    assert run.recipe_of(tmp_path).lora_rank == 8
+
+
 def test_another_recipe_is_refused_with_every_difference(tmp_path) -> None:
     run.open_run(tmp_path, Recipe())
+    (tmp_path / "stage1").mkdir()
     before = (tmp_path / run.MANIFEST).read_bytes()
     with pytest.raises(InputError, match=r"another recipe \(lora_rank: 16 -> 8; stage2.max_steps: 5000 -> 4000\)"):
         run.open_run(tmp_path, override(Recipe(), {"lora_rank": 8, "stage2.max_steps": 4000}))

@@ -53,6 +53,10 @@ def ablate(
     if name == DENSITIES:
         return _densities(out, dry_run)
     grid = GRIDS[name]
+    if base_name(recipe) != recipe and all(cell.paradigm is not None for cell in grid.cells):
+        raise InputError(
+            f"--recipe {recipe}: {name} chooses the methods itself, so name the backbone: {base_name(recipe)}"
+        )
     jobs = plan(grid, recipe, out, fields or {}, seeds=seeds, mmvp=mmvp, zero_shot=zero_shot)
     if dry_run:
         print(f"{name}: {grid.title} -> {out}\n{show(jobs, counted(jobs))}")

@@ -57,6 +57,8 @@ def is_hf(name: str) -> bool:
     path = Path(name)
     if path.is_file() or path.suffix in SUFFIXES or (not path.exists() and name.startswith((".", "/"))):
         return False
+    if not path.exists() and path.parent != Path() and path.parent.is_dir():
+        raise InputError(f"{name} does not exist, though {path.parent}/ does: give a file, a folder or a hub id")
     if not path.exists() and name.count("/") != 1:
         return False
     found = find_file(name, "config.json")

@@ -54,6 +54,8 @@ def find_folders(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         raise InputError(f"{path} is not a folder: {HINT}")
+    if (path / "Questions.csv").is_file():
+        raise InputError(f"{path} is MMVP-VLM's folder, which has no classes: `mmvp-vlm` and `curve --mmvp` read it")
     if _marked(path):
         return [path]
     folders = [p for p in sorted(path.iterdir()) if p.is_dir()]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from llava_genhancer import recipes
+from llava_genhancer.ablate.command import ablate
 from llava_genhancer.ablate.grids import DENSITIES, GRIDS, NAMES, Cell, Grid, base_name, cell_recipe, images_seen
 from llava_genhancer.ablate.running import plan
 from llava_genhancer.errors import InputError
@@ -193,3 +194,8 @@ def test_a_large_plan_has_the_commands_of_a_large_run():
 def test_the_base_of_a_recipe_is_its_name_without_the_method():
     assert base_name("tiny-masked") == base_name("tiny") == "tiny"
     assert base_name("siglip-so400m-384") == "siglip-so400m-384"
+
+
+def test_a_method_is_not_asked_for_twice(tmp_path):
+    with pytest.raises(InputError, match="table4 chooses the methods itself, so name the backbone: tiny"):
+        ablate("table4", tmp_path, recipe="tiny-masked", dry_run=True)

@@ -253,3 +253,18 @@ def test_models_that_pool_otherwise_stay_in_open_clips_format(make_clip, tmp_pat
     )
     with pytest.raises(InputError, match="pools by 'avg'"):
         convert(str(tmp_path / "folder"), tmp_path / "tower")
+
+
+@pytest.mark.parametrize("content", [b"junk\n", b"", bytes(range(256)), b"\x80\x04K\x01h\xff."])
+def test_bytes_that_are_no_pickle_are_one_line(tmp_path, content):
+    (tmp_path / "junk.pt").write_bytes(content)
+    with pytest.raises(InputError, match=r"junk\.pt cannot be read safely"):
+        convert(str(tmp_path / "junk.pt"), tmp_path / "tower")
+    assert not (tmp_path / "tower").exists()
+
+
+def test_a_missing_folder_beside_others_is_no_hub_id(tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="models/clip does not exist"):
+        convert("models/clip", tmp_path / "tower")

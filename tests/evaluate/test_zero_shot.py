@@ -427,3 +427,8 @@ def test_broken_weights_are_said(tmp_path: Path, clip: Tower, folder: Path) -> N
         broken.model.visual_projection.weight.fill_(float("nan"))
     with pytest.raises(InputError, match="embeddings are not finite"):
         zero_shot.evaluate_tower(broken, load_sets([folder]))
+
+
+def test_mmvps_folder_is_no_zero_shot_set(benchmark_dir):
+    with pytest.raises(InputError, match="is MMVP-VLM's folder, which has no classes"):
+        load_sets([benchmark_dir])
