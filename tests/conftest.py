@@ -15,6 +15,12 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def strict_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lmms-eval lets Pillow fill up truncated images, in every test that shares a process with its own."""
+    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", False)
+
+
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer CLIPModel folder, 32 px, with processor and tokenizer."""

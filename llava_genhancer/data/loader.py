@@ -217,6 +217,22 @@ def end_workers(batches: Any) -> None:
         batches._shutdown_workers()
 
 
+def batches_of(iterator: Any) -> Iterator[dict[str, Any]]:
+    """The batches of a DataLoader's iterator.
+
+    A worker that is killed while it hands a batch over shows as whatever the broken connection says; it is told as
+    torch tells it elsewhere.
+    """
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            raise RuntimeError(f"DataLoader worker is gone: {type(error).__name__}") from error
+        yield batch
+
+
 class ImageLoader:
     """Endless batches ``{"images": uint8 (B, 3, H, W), "keys": list[str]}`` with an exact state."""
 
@@ -242,7 +258,7 @@ class ImageLoader:
             InputError: too many bad images, or a reader's share holds none at all.
         """
         self._batches = iter(self._loader)
-        for batch in self._batches:
+        for batch in batches_of(self._batches):
             if "problem" in batch:
                 raise InputError(f"data: {batch['problem']}")
             self._report.read += int(batch.pop("read"))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from llava_genhancer.data.loader import MIN_READ, SkipReport, end_workers, sample_seed, start_worker
+from llava_genhancer.data.loader import MIN_READ, SkipReport, batches_of, end_workers, sample_seed, start_worker
 from llava_genhancer.errors import InputError
 from llava_genhancer.llava.conversation import check_template
 from llava_genhancer.llava.dataset import Collator, ImageView, LlavaDataset, load_image_processor
@@ -155,7 +155,7 @@ class LlavaLoader:
             pin_memory=torch.cuda.is_available(),
         )
         self._batches = iter(loader)
-        for batch in self._batches:
+        for batch in batches_of(self._batches):
             if "problem" in batch:
                 raise InputError(f"data {self.dataset.samples.path}: {batch['problem']}: fix the data")
             self._given += 1

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava_genhancer.data.images import IndexedSource, RawSample, ShardSource, Source, open_source
-from llava_genhancer.data.loader import ImageLoader, build_loader, check_readers, sample_seed
+from llava_genhancer.data.loader import ImageLoader, batches_of, build_loader, check_readers, sample_seed
 from llava_genhancer.data.views import TrainView
 from llava_genhancer.errors import InputError
 
@@ -351,3 +351,18 @@ def test_more_readers_than_images_are_refused(folder, shards) -> None:
     check_readers(folder, num_workers=TOTAL, world_size=1, sharding="disjoint")
     check_readers(folder, num_workers=TOTAL, world_size=8, sharding="replicated")
     check_readers(shards, num_workers=TOTAL, world_size=8, sharding="disjoint")  # found out on reading
+
+
+@pytest.mark.parametrize("broken", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError(2, "socket")])
+def test_a_worker_lost_while_it_hands_over_is_told_as_torch_tells_it(broken: Exception) -> None:
+    """Killed in the right microsecond, a worker leaves a broken socket and no word of torch's."""
+
+    def batches():
+        yield {"keys": ["a"]}
+        raise broken
+
+    given = batches_of(batches())
+    assert next(given) == {"keys": ["a"]}
+    with pytest.raises(RuntimeError, match=f"DataLoader worker is gone: {type(broken).__name__}"):
+        next(given)
+    assert list(batches_of(iter([{"keys": []}]))) == [{"keys": []}]
