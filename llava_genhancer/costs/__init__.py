@@ -1,7 +1,7 @@
 """What a recipe costs, counted before anything is loaded: parameters, FLOPs, memory, disk.
 
-Arithmetic on a recipe and on the facts of its backbone and target tokenizer; only Stable Diffusion's UNet, too irregular
-for a formula, is counted on its own class without weights.
+Arithmetic on a recipe and on the facts of its backbone and target tokenizer; only Stable Diffusion's UNet, too
+irregular for a formula, is counted on its own class without weights.
 """
 
 from llava_genhancer.costs.counting import count_unet
