@@ -323,6 +323,11 @@ def _work(
 # --- memory and disk ------------------------------------------------------------------------------------------------
 
 
+def free_bytes(path: str | Path) -> float:
+    """Bytes that may still be written where ``path`` lies."""
+    return float(shutil.disk_usage(path).free)
+
+
 def host_memory() -> float:
     """Bytes of main memory that a new process may take: what is available, within the container's limit."""
     available = float("inf")
@@ -408,15 +413,15 @@ def _host(recipe: Recipe, backbone: Backbone, vae: Vae, extra: float, ranks: int
         yield Finding(OK, "main memory", found)
     size = recipe.image_size or backbone.image_size
     batches = ranks * recipe.num_workers * 3.0 * recipe.per_device_batch_size * 3 * size**2  # prefetched, uint8
-    if recipe.num_workers and os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < batches:
-        found = f"{_gib(shutil.disk_usage('/dev/shm').free)} free in /dev/shm, {_gib(batches)} needed by data workers"
+    if recipe.num_workers and os.path.isdir("/dev/shm") and free_bytes("/dev/shm") < batches:
+        found = f"{_gib(free_bytes('/dev/shm'))} free in /dev/shm, {_gib(batches)} needed by data workers"
         yield Finding(PROBLEM, "shared memory", found, "start the container with --shm-size=2g, or --num_workers 0")
 
 
 def _disk(recipe: Recipe, backbone: Backbone, vae: Vae, zero: Zero, run_dir: Path) -> Finding:
     parts = costs.disk_bytes(recipe, backbone, vae, zero)
     there = _existing(run_dir)
-    free, need = shutil.disk_usage(there).free, sum(parts.values())
+    free, need = free_bytes(there), sum(parts.values())
     if (run_dir / "manifest.json").is_file():  # what the run has written already is not needed again
         need -= min(need, sum(p.stat().st_size for p in run_dir.rglob("*") if p.is_file()))
     named = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size >= 0.05 * GIB)
@@ -482,7 +487,7 @@ def _download(what: str, name: str, size: float, gated: bool = False) -> Finding
         return Finding(PROBLEM, what, f"{name} is gated and there is no HF_TOKEN", todo)
     cache = os.environ.get("HF_HUB_CACHE") or os.path.join(os.environ.get("HF_HOME", "~/.cache/huggingface"), "hub")
     there = _existing(Path(cache).expanduser())
-    free = shutil.disk_usage(there).free
+    free = free_bytes(there)
     if free < size:
         return Finding(PROBLEM, what, f"{name}: {_gib(size)} to download, {_gib(free)} free at {there}", "set HF_HOME")
     return Finding(NOTE, what, f"{name} will be downloaded (about {_gib(size)}); the hub was not asked")

@@ -21,8 +21,9 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine like any other: memory enough, a hub that might be reached, a token."""
+    """A machine like any other, whatever this one has: memory and disk enough, a hub to be reached, a token."""
     monkeypatch.setattr(doctor, "host_memory", lambda: 512 * GIB)
+    monkeypatch.setattr(doctor, "free_bytes", lambda path: 512 * GIB)
     monkeypatch.setattr(doctor, "_devices", lambda torch: [])
     monkeypatch.setattr(doctor, "_matmul_rate", lambda torch, device, *rest: 1e12 if device == "cpu" else 600e12)
     monkeypatch.setattr(doctor, "_has_token", lambda: True)
@@ -182,8 +183,7 @@ def test_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_too_little_memory_or_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "host_memory", lambda: 2 * GIB)
-    usage = type("Usage", (), {"free": GIB})
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(doctor, "free_bytes", lambda path: GIB)
     assert {"main memory", "disk"} <= set(problems(PAPER, gpus=8))
     assert "HF_HOME" in problems(PAPER)["backbone"].todo
 
