@@ -13,7 +13,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from llava_genhancer.errors import InputError
@@ -25,6 +25,38 @@ R = TypeVar("R")  # a recipe class: Recipe in recipes.py, LlavaRecipe in llava/r
 def option(default: T, help: str) -> T:
     """A dataclass field with a default and the sentence that documents it (``--help`` and ``recipes`` print it)."""
     return typing.cast(T, field(default=default, metadata={"help": help}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guards:
+    """What a training does about steps gone bad and ranks that hang: fields of every recipe."""
+
+    on_bad_step: Literal["stop", "skip"] = option(
+        "stop",
+        "where a loss or gradient is not finite, or a loss spikes: end, or leave the step out; costs a sync a step",
+    )
+    spike_factor: float = option(
+        0.0, "a loss this multiple of the median of the 50 steps before is a spike; 0 = never (ours)"
+    )
+    max_skipped_steps: int = option(10, "skipped steps of a training above which it ends all the same")
+    timeout_minutes: float = option(30.0, "time without progress after which a rank that hangs is an error")
+
+    def check_guards(self) -> None:
+        """Refuse what no training can go by.
+
+        Raises:
+            InputError: a factor that ordinary losses exceed, a negative count, no time at all.
+        """
+        if self.spike_factor != 0 and self.spike_factor <= 1:
+            raise InputError(f"spike_factor={self.spike_factor} must be above 1, or 0 for never")
+        if self.max_skipped_steps < 0:
+            raise InputError(f"max_skipped_steps={self.max_skipped_steps} must not be negative")
+        if self.timeout_minutes <= 0:
+            raise InputError(f"timeout_minutes={self.timeout_minutes} must be positive")
+
+
+# They say what to do where a run would end: they may change between two starts of it.
+GUARD_FIELDS = tuple(f.name for f in dataclasses.fields(Guards))
 
 
 def field_types(cls: type) -> dict[str, Any]:
@@ -97,20 +129,6 @@ def differences(ours: R, theirs: R, ignore: tuple[str, ...] = ()) -> list[str]:
     """One line per field that differs, ``name: theirs -> ours``."""
     a, b = to_dict(theirs), to_dict(ours)
     return [f"{k}: {json.dumps(a[k])} -> {json.dumps(b[k])}" for k in b if k not in ignore and a[k] != b[k]]
-
-
-def check_bad_steps(spike_factor: float, max_skipped_steps: int, timeout_minutes: float) -> None:
-    """Refuse what no training can go by.
-
-    Raises:
-        InputError: a factor that ordinary losses exceed, a negative count, no time at all.
-    """
-    if spike_factor != 0 and spike_factor <= 1:
-        raise InputError(f"spike_factor={spike_factor} must be above 1, or 0 for never")
-    if max_skipped_steps < 0:
-        raise InputError(f"max_skipped_steps={max_skipped_steps} must not be negative")
-    if timeout_minutes <= 0:
-        raise InputError(f"timeout_minutes={timeout_minutes} must be positive")
 
 
 def suggest(name: str, known: typing.Iterable[str]) -> str:

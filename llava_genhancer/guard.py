@@ -13,14 +13,14 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llava_genhancer.errors import plain
+from llava_genhancer.fields import Guards
 
 log = logging.getLogger(__name__)
 WINDOW = 50  # accepted steps whose median is the usual loss
@@ -37,21 +37,6 @@ class NonFiniteLoss(BadStep):
 
 class LossSpike(BadStep):
     """The loss rose above the recipe's multiple of the usual one; the step was not taken."""
-
-
-@dataclass(frozen=True)
-class BadSteps:
-    """What to do about them.
-
-    Attributes:
-        action: "stop" raises, "skip" leaves the step out and goes on.
-        spike_factor: a step is bad when its loss is this multiple of the median of the 50 accepted before; 0 = never.
-        max_skipped: skipped steps of a training above which it stops all the same.
-    """
-
-    action: Literal["stop", "skip"] = "stop"
-    spike_factor: float = 0.0
-    max_skipped: int = 10
 
 
 class _Loss:
@@ -78,7 +63,7 @@ class LossGuard:
         total: the sum of a number over all ranks.
     """
 
-    def __init__(self, policy: BadSteps, folder: Path, rank: int, total: Callable[[float], float]):
+    def __init__(self, policy: Guards, folder: Path, rank: int, total: Callable[[float], float]):
         self.policy, self.rank, self.total = policy, rank, total
         self.file = folder / f"bad-steps-rank{rank}.jsonl"
         self.skipped: list[int] = []
@@ -91,7 +76,7 @@ class LossGuard:
     @property
     def skips(self) -> bool:
         """Whether bad steps are left out instead of ending the training."""
-        return self.policy.action == "skip"
+        return self.policy.on_bad_step == "skip"
 
     def state_dict(self) -> dict[str, Any]:
         """JSON types, the same on every rank."""
@@ -164,10 +149,10 @@ class LossGuard:
         """
         self.check()
         self.skipped.append(step)
-        if len(self.skipped) > self.policy.max_skipped:
+        if len(self.skipped) > self.policy.max_skipped_steps:
             raise BadStep(
                 f"steps {', '.join(map(str, self.skipped))} had to be skipped, more than --max_skipped_steps "
-                f"{self.policy.max_skipped}: lower the learning rate, look at the images that "
+                f"{self.policy.max_skipped_steps}: lower the learning rate, look at the images that "
                 f"{self.file.with_name('bad-steps-rank*.jsonl')} names, or raise it, then repeat the command"
             )
         if self.rank == 0:

@@ -1,8 +1,8 @@
 """Recipes: everything an enhancement depends on, named, typed and printable.
 
 ``get_recipe("openai-l14-224")`` returns the paper's numbers, with a suffix (``-masked``, ``-diva``, ...) those of
-another method. Their fields are in ``recipe.py``, what all recipes share (``override``, ``to_dict``, ...) in
-``fields.py``. Nothing in this file imports torch.
+another method. Their fields are in ``recipe.py`` and ``method.py``, what all recipes share (``Guards``, ``override``,
+``to_dict``, ...) in ``fields.py``. Nothing in this file imports torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from llava_genhancer.fields import (
     suggest,
     to_dict,
 )
-from llava_genhancer.recipe import READ_BY, Recipe, StageRecipe
+from llava_genhancer.method import READ_BY
+from llava_genhancer.recipe import Recipe, StageRecipe
 
 __all__ = [
     "PARADIGMS", "READ_BY", "RECIPES", "R", "Recipe", "StageRecipe", "differences", "field_help", "field_types",

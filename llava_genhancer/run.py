@@ -26,6 +26,7 @@ from typing import Any
 
 from llava_genhancer import __version__
 from llava_genhancer.errors import InputError
+from llava_genhancer.fields import GUARD_FIELDS
 from llava_genhancer.recipes import R, Recipe, differences, from_dict, to_dict
 
 MANIFEST = "manifest.json"
@@ -35,7 +36,7 @@ MARKER = "complete.json"
 HARMLESS_FIELDS = (
     "name", "data", "image_folder", "cache_folder", "keep_checkpoints", "sample_images", "sample_ode_steps",
     "stage1.save_steps", "stage1.sample_steps", "stage1.log_steps", "stage2.save_steps", "stage2.sample_steps",
-    "stage2.log_steps", "on_bad_step", "spike_factor", "max_skipped_steps", "timeout_minutes",
+    "stage2.log_steps", *GUARD_FIELDS,
 )  # fmt: skip
 # Fields that only the second stage or the export reads: a finished stage 1 may be reused when they differ.
 EXPORT_FIELDS = ("lora_scale", "merge_dtype")

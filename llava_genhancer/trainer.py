@@ -30,10 +30,11 @@ from transformers.trainer_callback import PrinterCallback
 from llava_genhancer import run
 from llava_genhancer.callbacks import Flow, Progress
 from llava_genhancer.errors import InputError, OneRankError, disk_failure, reason
-from llava_genhancer.guard import BadStep, BadSteps, LossGuard, LossSpike, NonFiniteLoss
+from llava_genhancer.fields import Guards
+from llava_genhancer.guard import BadStep, LossGuard, LossSpike, NonFiniteLoss
 from llava_genhancer.watchdog import Watchdog, launcher
 
-__all__ = ["BadStep", "BadSteps", "ExactTrainer", "LossSpike", "NonFiniteLoss", "TrainingStopped"]
+__all__ = ["BadStep", "ExactTrainer", "LossSpike", "NonFiniteLoss", "TrainingStopped"]
 log = logging.getLogger(__name__)
 MODEL_FILE = "trained.safetensors"  # the trained weights of a checkpoint written without DeepSpeed
 FINAL_FILE = "weights.safetensors"  # fp32 result, inside the last checkpoint of a training
@@ -72,8 +73,7 @@ class ExactTrainer(Trainer):
         snapshot_steps: steps whose trained weights are kept in ``snapshots/step-N.safetensors``.
         decay_all: weight decay on biases and norms too.
         optimizer: class and arguments; None is torch's AdamW by the arguments of ``args``.
-        bad_steps: what to do about a loss that is not finite or far too high.
-        timeout_minutes: time without progress after which the process ends itself.
+        guards: what to do about a loss that is not finite or far too high, and about a rank that hangs.
     """
 
     def __init__(
@@ -87,8 +87,7 @@ class ExactTrainer(Trainer):
         snapshot_steps: Iterable[int] = (),
         decay_all: bool = False,
         optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
-        bad_steps: BadSteps | None = None,
-        timeout_minutes: float = 30.0,
+        guards: Guards | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.decay_all = decay_all
@@ -104,8 +103,9 @@ class ExactTrainer(Trainer):
         distributed = dist.is_available() and dist.is_initialized() and self.world_size > 1
         patience = timedelta(seconds=args.ddp_timeout)
         self.cpu_group: Any = dist.new_group(backend="gloo", timeout=patience) if distributed else None
-        self.guard = LossGuard(bad_steps or BadSteps(), self.stage_dir, self.rank, self._total)
-        self.watchdog = Watchdog(self.stage_dir, self.rank, self.world_size, 60 * timeout_minutes)
+        guards = guards or Guards()
+        self.guard = LossGuard(guards, self.stage_dir, self.rank, self._total)
+        self.watchdog = Watchdog(self.stage_dir, self.rank, self.world_size, 60 * guards.timeout_minutes)
         self.stop_signal = 0
         self._launcher = launcher()
         self.last_log = (time.monotonic(), 0)

@@ -13,6 +13,7 @@ import pytest
 
 from llava_genhancer import run
 from llava_genhancer.errors import InputError
+from llava_genhancer.llava.recipes import get_recipe as llava_recipe
 from llava_genhancer.recipes import Recipe, get_recipe, override
 
 # --- single files -------------------------------------------------------------------------------------------------
@@ -199,6 +200,18 @@ def test_a_run_that_never_began_gives_way(tmp_path) -> None:
         run.open_run(tmp_path, Recipe())
     run.open_run(tmp_path, override(Recipe(), {"lora_rank": 8}))
     assert run.recipe_of(tmp_path).lora_rank == 8
+
+
+@pytest.mark.parametrize(("kind", "recipe"), [("enhance", get_recipe("tiny")), ("llava", llava_recipe("tiny"))])
+def test_a_run_of_an_earlier_version_goes_on(tmp_path, kind, recipe) -> None:
+    """Written before fields moved into shared bases: every name is known, in its old order, and nothing differs."""
+    written = (Path(__file__).parent / "manifests" / f"{kind}-tiny.json").read_text()
+    (tmp_path / run.MANIFEST).write_text(written)
+    (tmp_path / "stage1").mkdir()
+    run.open_run(tmp_path, recipe, ignore=())
+    old, new = json.loads(written)["recipe"], json.loads((tmp_path / run.MANIFEST).read_text())["recipe"]
+    assert [name for name in new if name in old] == list(old)
+    assert new.items() >= old.items()
 
 
 def test_another_recipe_is_refused_with_every_difference(tmp_path) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 
 from llava_genhancer.errors import InputError
 from llava_genhancer.fields import override
-from llava_genhancer.recipe import PARTS, READ_BY, Recipe, StageRecipe
+from llava_genhancer.method import READ_BY
+from llava_genhancer.recipe import PARTS, Recipe, StageRecipe
 from llava_genhancer.recipes import PARADIGMS, get_recipe
 
 PICTURES = 32  # images that are rebuilt and scored in every cell, unless the user says otherwise

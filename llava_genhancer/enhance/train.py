@@ -32,7 +32,7 @@ from llava_genhancer.enhance.stages import WEIGHTS, build_stage, stage_recipe
 from llava_genhancer.enhance.targets import Target, check_target, load_target
 from llava_genhancer.errors import InputError
 from llava_genhancer.recipes import Recipe, StageRecipe
-from llava_genhancer.trainer import BadSteps, ExactTrainer
+from llava_genhancer.trainer import ExactTrainer
 
 log = logging.getLogger(__name__)
 
@@ -139,8 +139,7 @@ def train_stage(recipe: Recipe, stage: int, run_dir: Path, source: Source, deeps
         snapshot_steps=table.snapshot_steps,
         decay_all=recipe.decay_biases_and_norms,
         optimizer=optimizer(recipe, table),
-        bad_steps=BadSteps(recipe.on_bad_step, recipe.spike_factor, recipe.max_skipped_steps),
-        timeout_minutes=recipe.timeout_minutes,
+        guards=recipe,
     )
     pictures = table.sample_steps > 0 and recipe.sample_images > 0
     if not pictures or args.process_index > 0:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.fields import check_bad_steps, option, suggest
+from llava_genhancer.fields import GUARD_FIELDS, Guards, option, suggest
 
 STEPS = ("pretrain", "finetune")
 
@@ -38,6 +38,11 @@ class LlavaStep:
     max_steps: int | None = option(None, "optimizer steps; none = as many as the epochs take, 0 skips the step")
     group_by_modality_length: bool = option(
         False, "batches of one modality and of similar length, shuffled as LLaVA's sampler does"
+    )
+    packing: bool = option(
+        False,
+        "a rank's samples in one row without padding, each seeing only itself: the same loss but for rounding, and less "
+        "work (ours; LLaVA pads)",
     )
     save_steps: int = option(1_000, "steps between checkpoints (LLaVA: 24 000, none in practice)")
     log_steps: int = option(1, "steps between log entries")
@@ -65,8 +70,8 @@ FINETUNE = LlavaStep(
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlavaRecipe:
-    """A LLaVA from a language model and a vision tower. Defaults are LLaVA-1.5's; (ours) marks what it leaves open."""
+class LlavaTraining:
+    """The two halves and how they learn, in both steps."""
 
     name: str = option("custom", "name printed in reports")
 
@@ -100,15 +105,11 @@ class LlavaRecipe:
     precision: Literal["bf16", "fp32"] = option("bf16", "arithmetic; trained weights have fp32 masters, frozen none")
     gradient_checkpointing: bool = option(True, "recompute the language model's activations in the backward pass")
     seed: int = option(42, "seeds initialisation, data order and dropout (Trainer's default, as LLaVA's scripts use)")
-    on_bad_step: Literal["stop", "skip"] = option(
-        "stop",
-        "where a loss or gradient is not finite, or a loss spikes: end, or leave the step out; costs a sync a step",
-    )
-    spike_factor: float = option(
-        0.0, "a loss this multiple of the median of the 50 steps before is a spike; 0 = never (ours)"
-    )
-    max_skipped_steps: int = option(10, "skipped steps of a training above which it ends all the same")
-    timeout_minutes: float = option(30.0, "time without progress after which a rank that hangs is an error")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaRecipe(Guards, LlavaTraining):  # a field's place: the last base's come first
+    """A LLaVA from a language model and a vision tower. Defaults are LLaVA-1.5's; (ours) marks what it leaves open."""
 
     # Data and keeping.
     num_workers: int = option(4, "data workers per rank")
@@ -121,7 +122,7 @@ class LlavaRecipe:
     def __post_init__(self) -> None:
         if self.keep_checkpoints < 2:
             raise InputError(f"keep_checkpoints={self.keep_checkpoints}: keep two at least, one may be half-written")
-        check_bad_steps(self.spike_factor, self.max_skipped_steps, self.timeout_minutes)
+        self.check_guards()
         if self.max_length < 16:
             raise InputError(f"max_length={self.max_length} leaves no room for a conversation")
         for name in ("num_workers", "lora_rank", "seed", "max_grad_norm", "weight_decay"):
@@ -183,10 +184,7 @@ RECIPES: dict[str, Callable[[], LlavaRecipe]] = {
 
 # Fields that may change between two starts of one run: they alter where or how often, never what is computed, or say
 # what to do where the run would end.
-_HARMLESS = (
-    "name", "num_workers", "keep_checkpoints", "max_bad_fraction", "on_bad_step", "spike_factor", "max_skipped_steps",
-    "timeout_minutes",
-)  # fmt: skip
+_HARMLESS = ("name", "num_workers", "keep_checkpoints", "max_bad_fraction", *GUARD_FIELDS)
 _HARMLESS_IN_STEP = ("data", "image_folder", "save_steps", "log_steps")
 
 

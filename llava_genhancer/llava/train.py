@@ -27,7 +27,7 @@ from llava_genhancer.llava.model import Llava, build_llava, llava_config, local
 from llava_genhancer.llava.recipes import STEPS, LlavaRecipe, LlavaStep, harmless_fields
 from llava_genhancer.llava.samples import read_samples
 from llava_genhancer.tower.export import is_tower, read_marker
-from llava_genhancer.trainer import FINAL_FILE, BadSteps, ExactTrainer
+from llava_genhancer.trainer import FINAL_FILE, ExactTrainer
 
 log = logging.getLogger(__name__)
 
@@ -172,8 +172,7 @@ def build_trainer(
             "deepspeed_stage": engine.zero_stage(args),
             **facts,
         },
-        bad_steps=BadSteps(recipe.on_bad_step, recipe.spike_factor, recipe.max_skipped_steps),
-        timeout_minutes=recipe.timeout_minutes,
+        guards=recipe,
     )
 
 

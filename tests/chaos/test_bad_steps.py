@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from llava_genhancer import recipes, run
 from llava_genhancer.enhance.train import EnhanceTrainer, enhance
 from llava_genhancer.errors import InputError
-from llava_genhancer.guard import BadStep, BadSteps, LossGuard, LossSpike, NonFiniteLoss
+from llava_genhancer.fields import Guards
+from llava_genhancer.guard import BadStep, LossGuard, LossSpike, NonFiniteLoss
 
 STEP = 14  # a spike needs ten steps before it
 
@@ -131,7 +132,7 @@ def feed(guard: LossGuard, losses, start: int = 1) -> list[bool]:
 
 
 def test_what_a_spike_is(guard) -> None:
-    policy = BadSteps("skip", spike_factor=3.0)
+    policy = Guards(on_bad_step="skip", spike_factor=3.0)
     assert not any(feed(guard(policy), [1.0] * 9 + [1e9])), "too few steps to know what is usual"
     assert feed(guard(policy), [1.0] * 10 + [3.0, 3.1]) == [False] * 11 + [True], "above the factor, not at it"
     slow = [1.02**i for i in range(200)]
@@ -139,11 +140,11 @@ def test_what_a_spike_is(guard) -> None:
     assert not any(feed(guard(policy), [1.0] * 20 + [math.inf])), "that shows in the gradient"
     settled = guard(policy)
     assert feed(settled, [1.0] * 20 + [9.0, 1.0]) == [False] * 20 + [True, False], "a skipped loss is not usual"
-    assert not any(feed(guard(BadSteps("skip")), [1.0] * 20 + [1e9])), "factor 0: never"
+    assert not any(feed(guard(Guards(on_bad_step="skip")), [1.0] * 20 + [1e9])), "factor 0: never"
 
 
 def test_its_state_goes_through_json(guard) -> None:
-    policy = BadSteps("skip", spike_factor=3.0)
+    policy = Guards(on_bad_step="skip", spike_factor=3.0)
     first, second = guard(policy), guard(policy)
     feed(first, [1.0 + 0.1 * math.sin(i) for i in range(70)])
     first.drop(70)
@@ -153,7 +154,7 @@ def test_its_state_goes_through_json(guard) -> None:
 
 
 def test_too_many_skipped_steps_stop(guard) -> None:
-    patient = guard(BadSteps("skip", max_skipped=2))
+    patient = guard(Guards(on_bad_step="skip", max_skipped_steps=2))
     patient.drop(3)
     patient.drop(8)
     with pytest.raises(BadStep, match="steps 3, 8, 9 had to be skipped, more than --max_skipped_steps 2"):
@@ -161,7 +162,7 @@ def test_too_many_skipped_steps_stop(guard) -> None:
 
 
 def test_a_loss_is_looked_at_one_micro_batch_later(guard) -> None:
-    watched = guard(BadSteps())
+    watched = guard(Guards())
     watched.after_backward(torch.tensor(float("nan")), 1, ["x"])
     watched.check(pending=1)
     watched.after_backward(torch.tensor(1.0), 1, ["y"])
