@@ -137,6 +137,10 @@ class Method:
         "vision", "towers that carry LoRA (ours: vision; the reference: all, though no loss reaches the text tower)"
     )
 
+    def unread(self) -> list[str]:
+        """Names of the fields that this denoiser does not read."""
+        return [name for name, readers in READ_BY.items() if self.denoiser not in readers]
+
     def check_method(self) -> None:
         """Refuse what has no meaning together.
 
@@ -158,8 +162,9 @@ class Method:
             raise InputError(f"denoiser_dtype={self.denoiser_dtype} needs denoiser_weights: a new denoiser is float32")
         if self.objective == "contrast" and self.draws_per_image > 1:
             raise InputError("objective=contrast takes one draw per image: draws_per_image=1")
-        for name, readers in READ_BY.items():
-            if self.denoiser not in readers and getattr(self, name) != getattr(Method, name):
+        for name in self.unread():
+            if getattr(self, name) != getattr(Method, name):
+                readers = READ_BY[name]
                 raise InputError(
                     f"{name}={getattr(self, name)} has no meaning with denoiser={self.denoiser}: only "
                     f"{' and '.join(readers)} {'read' if len(readers) > 1 else 'reads'} it"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from llava_genhancer import __version__, cli, recipes
+from llava_genhancer.errors import InputError
 
 HEAVY = ("torch", "transformers", "numpy", "PIL", "diffusers", "deepspeed", "datasets", "matplotlib", "torchdata")
 
@@ -82,7 +83,8 @@ def test_every_verb_is_explained(capsys) -> None:
     ("argv", "words"),
     [
         ((), "VERB"),
-        (("enhence",), "invalid choice: 'enhence'"),
+        (("enhence",), "invalid choice: 'enhence', did you mean 'enhance'? (choose from doctor, "),
+        (("ablate", "fig99"), "invalid choice: 'fig99', did you mean 'fig9'? (choose from table4, "),
         (("",), "invalid choice: ''"),
         (("recipes", "tiny", "extra"), "unknown argument extra"),
         (("recipes", "--jason"), "unknown argument --jason"),
@@ -196,6 +198,19 @@ def test_recipes_lists_all_and_prints_every_field(capsys) -> None:
         out = run_cli(capsys, "recipes", name)[1]
         printed = dict(line[2:].partition(" ")[::2] for line in out.splitlines() if line.startswith("--"))
         assert recipes.override(recipes.Recipe(), printed) == recipes.get_recipe(name)
+
+
+def test_recipes_prints_no_field_that_it_would_refuse(capsys) -> None:
+    """What another denoiser reads stands in one line at the end."""
+    everything = list(recipes.to_dict(recipes.Recipe()))
+    for name in ("tiny", "tiny-masked", "tiny-dcr"):
+        *lines, last = run_cli(capsys, "recipes", name)[1].splitlines()
+        unread = last.partition(": ")[2].split(", ")
+        assert last.startswith(f"not read with --denoiser {recipes.get_recipe(name).denoiser}: ")
+        printed = [line[2:].partition(" ")[0] for line in lines if line.startswith("--")]
+        assert [field for field in everything if field not in unread] == printed
+        with pytest.raises(InputError, match="has no meaning with denoiser"):
+            recipes.override(recipes.get_recipe(name), {unread[0]: "other"})
 
 
 # --- pipes --------------------------------------------------------------------------------------------------------

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llava_genhancer import recipes
+from llava_genhancer.arguments import Verbs, add_fields, print_fields
 from llava_genhancer.errors import InputError
 from llava_genhancer.llava.recipes import RECIPES, LlavaRecipe, get_recipe
 
-AddFields = Callable[[argparse.ArgumentParser, Any], None]
 
+def add_verbs(above: Verbs) -> None:
+    """``llava`` and the verbs below it."""
+    verbs = Verbs(
+        above.group("llava", "Train LLaVA-1.5 with a tower, export it to both forms, talk to it."), "llava_verb"
+    )
 
-def add_verbs(parser: argparse.ArgumentParser, add_fields: AddFields) -> None:
-    """Add the verbs to ``parser``; ``add_fields`` makes a recipe's fields options of one."""
-    verbs = parser.add_subparsers(dest="llava_verb", required=True, metavar="VERB", parser_class=type(parser))
-
-    def verb(name: str, run: Callable[[Any], int | None], help: str, **kwargs: Any) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(name, help=help, description=help, **kwargs)
-        sub.add_argument("--verbose", action="store_true", help="say what is being done")
-        sub.set_defaults(run=run)
-        return sub
-
-    sub = verb("recipes", _recipes, "List LLaVA's recipes, or print every field of one.")
+    sub = verbs.add("recipes", _recipes, "List LLaVA's recipes, or print every field of one.")
     sub.add_argument("recipe", nargs="?")
     sub.add_argument("--json", action="store_true", help="machine-readable")
 
     fields = "Any recipe field can be set, for example --llm DIR --finetune.global_batch_size 64."
     data = "Needs --{0}.data FILE.json and --{0}.image_folder DIR. The same command resumes."
     for step, what in (("pretrain", "the projector, on captions"), ("finetune", "language model and projector")):
-        sub = verb(step, _train, f"Train {what}. {data.format(step)}", epilog=fields)
+        sub = verbs.add(step, _train, f"Train {what}. {data.format(step)}", epilog=fields)
         sub.add_argument("recipe", nargs="?", help=f"one of {', '.join(RECIPES)}")
         sub.add_argument("--config", metavar="MANIFEST", help="take the recipe of an earlier manifest.json instead")
         sub.add_argument("--output_dir", metavar="RUN", required=True, help=f"run folder; its llava-{step}/ is written")
@@ -41,18 +34,18 @@ def add_verbs(parser: argparse.ArgumentParser, add_fields: AddFields) -> None:
         sub.set_defaults(step=step)
         add_fields(sub, LlavaRecipe())
 
-    sub = verb("export", _export, "Write a finished run's checkpoints again: HF's form and the original LLaVA's.")
+    sub = verbs.add("export", _export, "Write a finished run's checkpoints again: HF's form and the original LLaVA's.")
     sub.add_argument("run_dir", metavar="RUN")
     sub.add_argument("--step", choices=("pretrain", "finetune"), default="finetune")
     sub.add_argument("--output_dir", metavar="DIR", help="where hf/ and llava/ go (default: the step's own folder)")
 
-    sub = verb("import", _import, "Bring a released LLaVA-1.5, or one trained with its code, into HF's form.")
+    sub = verbs.add("import", _import, "Bring a released LLaVA-1.5, or one trained with its code, into HF's form.")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="folder in the original form")
     sub.add_argument("--output_dir", metavar="DIR", required=True)
     sub.add_argument("--tower", metavar="DIR", help="vision tower, instead of the one that the checkpoint names")
     sub.add_argument("--conversation", help="template of its prompts (default: the one that we exported with, else v1)")
 
-    sub = verb("chat", _chat, "Ask a LLaVA about an image, in the terminal.")
+    sub = verbs.add("chat", _chat, "Ask a LLaVA about an image, in the terminal.")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="folder in HF's form or the original one")
     sub.add_argument("image", metavar="IMAGE")
     sub.add_argument("--question", action="append", default=[], help="may be repeated; without one, type them")
@@ -94,13 +87,7 @@ def _recipes(args: Any) -> None:
             r = get_recipe(name)
             print(f"{name:16} {r.llm:24} {r.tower:36} {'LoRA ' + str(r.lora_rank) if r.lora_rank else 'full'}")
         return
-    recipe = get_recipe(args.recipe)
-    values, helps = recipes.to_dict(recipe), recipes.field_help(LlavaRecipe)
-    if args.json:
-        print(json.dumps(values, indent=2))
-        return
-    for name, value in values.items():
-        print(f"--{name} {value}\n      {helps[name]}")
+    print_fields(get_recipe(args.recipe), as_json=args.json)
 
 
 def _train(args: Any) -> None:
