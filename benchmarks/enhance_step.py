@@ -48,12 +48,13 @@ def build(recipe: Recipe, stage: int, device: torch.device) -> tuple[Any, Any, c
     import transformers
     from diffusers import AutoencoderKL
 
+    from llava_genhancer.architectures import FLUX_VAE_CONFIG
     from llava_genhancer.enhance.backbones import FULL_MODELS, VisionBackbone, add_lora
     from llava_genhancer.enhance.conditions import Projector
     from llava_genhancer.enhance.denoisers.flow import FlowDenoiser
     from llava_genhancer.enhance.enhancer import Enhancer
     from llava_genhancer.enhance.stages import trainable_names
-    from llava_genhancer.enhance.targets import FLUX_VAE_CONFIG, VaeTarget
+    from llava_genhancer.enhance.targets import VaeTarget
     from llava_genhancer.toyworld.paths import resolve
 
     toy = Path(resolve(recipe.vae))

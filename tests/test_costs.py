@@ -224,7 +224,7 @@ def test_vae_matches_the_class() -> None:
 
     from diffusers import AutoencoderKL
 
-    from llava_genhancer.enhance.targets import FLUX_VAE_CONFIG
+    from llava_genhancer.architectures import FLUX_VAE_CONFIG
 
     config = json.loads((FLUX_VAE_CONFIG / "config.json").read_text())
     assert costs.vae_facts(config) == costs.FLUX_VAE
@@ -433,3 +433,25 @@ def test_disk_counts_checkpoints_tower_and_snapshots() -> None:
     assert parts["stage 2 weights"] == 4 * learns * (1 + len(PAPER.stage2.snapshot_steps))
     only_second = dataclasses.replace(PAPER, stage1=dataclasses.replace(PAPER.stage1, max_steps=0))
     assert "stage 1 checkpoints" not in costs.disk_bytes(only_second, LARGE)
+
+
+def test_a_cache_takes_frozen_work_out_of_the_steps() -> None:
+    plain, cached = PAPER, dataclasses.replace(PAPER, cache_crops=4)
+    for stage, gone in ((1, ("target encoding", "backbone")), (2, ("target encoding",))):
+        without, with_cache = (costs.step_flops(r, stage, LARGE) for r in (plain, cached))
+        assert with_cache == {name: 0 if name in gone else flops for name, flops in without.items()}
+    frozen = costs.step_flops(plain, 1, LARGE)
+    once = costs.fill_flops(cached, LARGE, images=10)
+    assert once == pytest.approx(10 * 4 * (frozen["target encoding"] + frozen["backbone"]))
+    # The facts' cached floors: 13.03 TFLOP per micro-batch of 16 in stage 1, 13.9 in stage 2.
+    for stage, teraflops in ((1, 13.03), (2, 13.9)):
+        counted = 16 * sum(costs.step_flops(cached, stage, LARGE).values()) / 1e12
+        assert counted == pytest.approx(teraflops, rel=0.03)
+
+
+def test_a_cache_without_a_frozen_backbone_holds_targets_alone() -> None:
+    cached = dataclasses.replace(PAPER, cache_crops=1)
+    assert set(costs.cache_records(cached, LARGE)) == {"targets", "tokens"}
+    skipped = dataclasses.replace(cached, stage1=dataclasses.replace(PAPER.stage1, max_steps=0))
+    assert set(costs.cache_records(skipped, LARGE)) == {"targets"}
+    assert costs.fill_flops(skipped, LARGE) == costs.vae_encoder_flops(224)

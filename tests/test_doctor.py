@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from llava_genhancer import cli, costs, doctor, recipes
-from llava_genhancer.costs import GIB
-from llava_genhancer.doctor import NOTE, OK, PROBLEM, Device, Finding
+from llava_genhancer import cli, costs, doctor, machine, recipes
+from llava_genhancer.costs import GIB, folders
+from llava_genhancer.doctor import devices, environment, models
+from llava_genhancer.doctor.devices import Gpu
+from llava_genhancer.doctor.findings import NOTE, OK, PROBLEM, Finding
+from llava_genhancer.doctor.plan import Plan
 from llava_genhancer.errors import InputError
 
 TINY, PAPER = recipes.get_recipe("tiny"), recipes.get_recipe("openai-l14-224")
@@ -20,23 +23,23 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
-def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def ordinary_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine like any other, whatever this one has: memory and disk enough, a hub to be reached, a token."""
-    monkeypatch.setattr(doctor, "host_memory", lambda: 512 * GIB)
-    monkeypatch.setattr(doctor, "free_bytes", lambda path: 512 * GIB)
-    monkeypatch.setattr(doctor, "_devices", lambda torch: [])
-    monkeypatch.setattr(doctor, "_matmul_rate", lambda torch, device, *rest: 1e12 if device == "cpu" else 600e12)
-    monkeypatch.setattr(doctor, "_has_token", lambda: True)
-    monkeypatch.setattr(doctor, "_cached", lambda name, *files: None)
+    monkeypatch.setattr(machine, "host_memory", lambda: 512 * GIB)
+    monkeypatch.setattr(machine, "free_bytes", lambda path: 512 * GIB)
+    monkeypatch.setattr(devices, "find_gpus", lambda torch: [])
+    monkeypatch.setattr(devices, "matmul_rate", lambda torch, device, *rest: 1e12 if device == "cpu" else 600e12)
+    monkeypatch.setattr(models, "has_token", lambda: True)
+    monkeypatch.setattr(folders, "cached", lambda name, *files: None)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
 
-def gpu(gigabytes: float, free: float = 1.0, capability: tuple[int, int] = (9, 0)) -> Device:
-    return Device("Test GPU", free * gigabytes * 1e9, gigabytes * 1e9, capability)
+def gpu(gigabytes: float, free: float = 1.0, capability: tuple[int, int] = (9, 0)) -> Gpu:
+    return Gpu("Test GPU", free * gigabytes * 1e9, gigabytes * 1e9, capability)
 
 
-def use(monkeypatch: pytest.MonkeyPatch, *devices: Device) -> None:
-    monkeypatch.setattr(doctor, "_devices", lambda torch: list(devices))
+def use(monkeypatch: pytest.MonkeyPatch, *gpus: Gpu) -> None:
+    monkeypatch.setattr(devices, "find_gpus", lambda torch: list(gpus))
 
 
 def findings(recipe: recipes.Recipe, **kwargs: object) -> dict[str, Finding]:
@@ -83,7 +86,7 @@ def test_a_small_gpu_gets_advice_that_fits(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_advice_lowers_the_batch_last() -> None:
     backbone = costs.KNOWN_BACKBONES[PAPER.backbone]
-    words = doctor._smaller(PAPER, 2, backbone, costs.FLUX_VAE, costs.Zero(2), 8, 10 * GIB)
+    words = Plan(PAPER, backbone, costs.FLUX_VAE, costs.Zero(2), 8, [], Path()).smaller(2, 10 * GIB)
     changed = recipes.override(PAPER, dict(pair.split() for pair in words.removeprefix("use --").split(" --")))
     assert costs.memory(changed, 2, backbone, zero=costs.Zero(2), ranks=8).total < 10 * GIB
 
@@ -140,7 +143,7 @@ def test_deepspeed_json(tmp_path: Path) -> None:
     assert [f.status for f in lines] == [OK, NOTE, NOTE]
     assert "clips at 1.0" in lines[1].found
     path.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}))
-    zero, _ = doctor._deepspeed(str(path))
+    zero, _ = environment.deepspeed_json(str(path))
     assert zero == costs.Zero(3, offload_optimizer=True)
     for text in ("{", "[]", '{"zero_optimization": {"stage": 7}}'):
         path.write_text(text)
@@ -150,7 +153,7 @@ def test_deepspeed_json(tmp_path: Path) -> None:
 
 def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"torch": "2.4.1+cu121", "transformers": "4.37.2", "peft": "0.20.0.dev0"}
-    monkeypatch.setattr(doctor, "_version", lambda package: versions.get(package))
+    monkeypatch.setattr(environment, "version", lambda package: versions.get(package))
     bad = problems(TINY)
     assert bad["torch"].found == "2.4.1+cu121, needed 2.8 or newer"
     assert bad["diffusers"].found == "not installed"
@@ -167,23 +170,23 @@ def test_required_versions_are_those_of_pyproject() -> None:
     for line in (*project["dependencies"], *project["optional-dependencies"]["train"]):  # [train] overrides the base
         name, _, least = re.match(r"([\w-]+)(>=)?([\d.]*)", line).groups()
         bounds[name] = least
-    for name, least in {**doctor.REQUIRED, **doctor.SOMETIMES}.items():
+    for name, least in {**environment.REQUIRED, **environment.SOMETIMES}.items():
         assert bounds[name] == least, name
 
 
 def test_an_old_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "PYTHON", (9, 0))
+    monkeypatch.setattr(environment, "PYTHON", (9, 0))
     assert "new environment" in problems(TINY)["python"].todo
 
 
 def test_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_torch", lambda: None)
+    monkeypatch.setattr(devices, "find_torch", lambda: None)
     assert "compute" not in findings(TINY)
 
 
 def test_too_little_memory_or_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "host_memory", lambda: 2 * GIB)
-    monkeypatch.setattr(doctor, "free_bytes", lambda path: GIB)
+    monkeypatch.setattr(machine, "host_memory", lambda: 2 * GIB)
+    monkeypatch.setattr(machine, "free_bytes", lambda path: GIB)
     assert {"main memory", "disk"} <= set(problems(PAPER, gpus=8))
     assert "HF_HOME" in problems(PAPER)["backbone"].todo
 
@@ -191,7 +194,7 @@ def test_too_little_memory_or_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hub_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "will be downloaded (about 1.6 GiB)" in findings(PAPER)["backbone"].found
     assert findings(PAPER)["VAE"].status == NOTE
-    monkeypatch.setattr(doctor, "_has_token", lambda: False)
+    monkeypatch.setattr(models, "has_token", lambda: False)
     assert "ae.safetensors" in problems(PAPER)["VAE"].todo
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "HF_HUB_OFFLINE" in problems(PAPER)["backbone"].found
@@ -216,6 +219,45 @@ def test_local_folders(tiny_clip: Path, tiny_vae: Path, images_folder: Path, tmp
     assert "VAE" in problems(dataclasses.replace(recipe, vae=str(pickle)))
     assert "does not exist" in problems(dataclasses.replace(recipe, data="/nowhere/at/all"))["data"].found
     assert "image size" in problems(dataclasses.replace(recipe, image_size=36))
+
+
+def test_a_cache_is_forecast(
+    tiny_clip: Path, tiny_vae: Path, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = {"backbone": str(tiny_clip), "vae": str(tiny_vae), "data": str(images_folder), "cache_crops": 3}
+    recipe = recipes.override(TINY, local)
+    facts = costs.facts_of(recipe)
+    assert facts is not None
+    found = findings(recipe, run_dir=str(tmp_path / "run"))
+    # Two moments of 4 channels on 16 x 16 latents, and one token of 32 numbers, in two bytes each.
+    assert "targets: about 40 images x 3 crops x 2.0 KiB; tokens: about 40 images x 3 crops x 0.1 KiB" in (
+        found["cache"].found
+    )
+    assert found["cache"].found.endswith(f"in {tmp_path / 'run' / 'cache'}")
+    assert "filling the cache" in found["compute"].found
+    plain = findings(recipes.override(recipe, {"cache_crops": 0}))
+    assert "cache" not in plain
+    assert "filling" not in plain["compute"].found
+
+    large = recipes.override(PAPER, {"cache_crops": 4})  # of how many images is not known
+    found = findings(large, run_dir=str(tmp_path / "run"))
+    # 2 x 16 x 28 x 28 moments and 768 numbers, in two bytes each.
+    assert "targets: 4 crops x 49.0 KiB an image; tokens: 4 crops x 1.5 KiB an image" in found["cache"].found
+    assert "per 1000 images" in found["cache"].found
+    assert "cached targets 0.2 GiB" in found["disk"].found
+    monkeypatch.setattr(machine, "free_bytes", lambda path: GIB)
+    assert "larger disk" in problems(large, run_dir=str(tmp_path / "run"))["disk"].todo
+
+
+def test_a_cache_on_a_disk_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not Path("/dev/shm").is_dir() or Path("/dev/shm").stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("one disk only")
+    recipe = recipes.override(PAPER, {"cache_crops": 400, "cache_folder": "/dev/shm/none/cache"})
+    found = findings(recipe, run_dir=str(tmp_path / "run"))
+    assert found["cache"].found.endswith("512.0 GiB free at /dev/shm")
+    assert "cached" not in found["disk"].found
+    monkeypatch.setattr(machine, "free_bytes", lambda path: 512 * GIB if str(path) != "/dev/shm" else GIB)
+    assert "fewer --cache_crops" in problems(recipe, run_dir=str(tmp_path / "run"))["cache"].todo
 
 
 def test_run_folder(tmp_path: Path) -> None:
@@ -256,6 +298,12 @@ sys.exit(examine(get_recipe("tiny")))
         assert re.search(rf"PROBLEM  {package} +not installed", done.stdout)
 
 
-@pytest.mark.parametrize("name", ["doctor", "costs/work", "fields", "recipe", "recipes", "errors", "run", "cli"])
-def test_syntax_of_python_3_10(name: str) -> None:
-    ast.parse((ROOT / "llava_genhancer" / f"{name}.py").read_text(), feature_version=(3, 10))
+LIGHT = ("doctor/*", "costs/*", "machine", "fields", "method", "recipe", "recipes", "errors", "run", "cli")
+
+
+@pytest.mark.parametrize("pattern", LIGHT)
+def test_syntax_of_python_3_10(pattern: str) -> None:
+    files = list((ROOT / "llava_genhancer").glob(f"{pattern}.py"))
+    assert files
+    for file in files:
+        ast.parse(file.read_text(), feature_version=(3, 10))

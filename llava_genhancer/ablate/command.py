@@ -91,11 +91,10 @@ def _densities(out: Path, dry_run: bool) -> int:
 def counted(jobs: Sequence[Job]) -> list[float | None]:
     """FLOPs of each job, a shared stage 1 left out; None where they are not known before something is loaded."""
     from llava_genhancer import costs
-    from llava_genhancer.doctor import facts_of
 
     flops: list[float | None] = []
     for job in jobs:
-        facts = facts_of(job.recipe)
+        facts = costs.facts_of(job.recipe)
         stages = (2,) if job.twins else (1, 2)
         flops.append(None if facts is None else sum(costs.total_flops(job.recipe, stage, *facts) for stage in stages))
     return flops

@@ -4,8 +4,10 @@ Arithmetic on a recipe and on the facts of its backbone and target tokenizer; on
 irregular for a formula, is counted on its own class without weights.
 """
 
+from llava_genhancer.costs.cache import Records, cache_records, fill_flops
 from llava_genhancer.costs.counting import count_unet
 from llava_genhancer.costs.facts import FLUX_VAE, KNOWN_BACKBONES, VQ_F16, Backbone, Vae, backbone_facts, vae_facts
+from llava_genhancer.costs.folders import backbone_of, facts_of, tokenizer_of
 from llava_genhancer.costs.space import (
     GIB,
     Memory,
@@ -26,6 +28,7 @@ from llava_genhancer.costs.work import (
     denoiser_passes,
     denoiser_work,
     engine_parameters,
+    frozen_backbone,
     full_model_parameters,
     lora_parameters,
     projector_flops,
@@ -48,12 +51,15 @@ __all__ = [
     "Backbone",
     "Memory",
     "Mode",
+    "Records",
     "Vae",
     "Work",
     "Zero",
     "activation_bytes",
     "backbone_facts",
     "backbone_flops",
+    "backbone_of",
+    "cache_records",
     "checkpoint_bytes",
     "condition_tokens",
     "count_unet",
@@ -63,6 +69,9 @@ __all__ = [
     "denoiser_work",
     "disk_bytes",
     "engine_parameters",
+    "facts_of",
+    "fill_flops",
+    "frozen_backbone",
     "frozen_half",
     "full_model_parameters",
     "lora_parameters",
@@ -72,6 +81,7 @@ __all__ = [
     "stage_recipe",
     "step_flops",
     "target_size",
+    "tokenizer_of",
     "total_flops",
     "trained_parameters",
     "vae_encoder_flops",

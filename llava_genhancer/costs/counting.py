@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_genhancer.architectures import SD_UNET_CONFIG
 from llava_genhancer.toyworld.paths import resolve
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ def count_unet(name: str, latent_side: int, text: int) -> Work:
     from torch.utils.flop_counter import FlopCounterMode
 
     from llava_genhancer.costs.work import Work
-    from llava_genhancer.enhance.pretrained import SD_UNET_CONFIG
 
     folders = [Path(resolve(name)).expanduser() / sub for sub in ("unet", "")]
     folder = next((f for f in folders if (f / "config.json").is_file()), SD_UNET_CONFIG)

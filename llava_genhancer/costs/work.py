@@ -168,6 +168,12 @@ def stage_recipe(recipe: Recipe, stage: int) -> StageRecipe:
     return recipe.stage1 if stage == 1 else recipe.stage2
 
 
+def frozen_backbone(recipe: Recipe, stage: int) -> bool:
+    """Whether the backbone is the pre-trained one from the beginning to the end of a stage."""
+    tables = [stage_recipe(recipe, s) for s in range(1, stage + 1)]
+    return all("backbone" not in table.trains for table in tables if table.max_steps > 0)
+
+
 def trained_parameters(recipe: Recipe, stage: int, backbone: Backbone, vae: Vae = FLUX_VAE) -> int:
     """Parameters that learn in a stage."""
     sizes = {
@@ -303,7 +309,10 @@ def denoiser_passes(recipe: Recipe) -> int:
 
 
 def step_flops(recipe: Recipe, stage: int, backbone: Backbone, vae: Vae = FLUX_VAE) -> dict[str, float]:
-    """FLOPs of one image in a training step, by part; the denoiser's part holds the projector."""
+    """FLOPs of one image in a training step, by part; the denoiser's part holds the projector.
+
+    With ``cache_crops`` what the cache holds costs none: see :func:`llava_genhancer.costs.fill_flops` for filling it.
+    """
     trains = stage_recipe(recipe, stage).trains
     size = target_size(recipe, backbone)
     through = "backbone" in trains
@@ -318,9 +327,10 @@ def step_flops(recipe: Recipe, stage: int, backbone: Backbone, vae: Vae = FLUX_V
     told = views * recipe.draws_per_image
     denoiser = denoiser_flops(recipe, size, vae, mode("denoiser"), text=condition_tokens(recipe, backbone))
     eye: Mode = "forward" if not through else "frozen" if lora else "train"
+    seen = recipe.cache_crops > 0 and frozen_backbone(recipe, stage)
     return {
-        "target encoding": vae_encoder_flops(size, vae),
-        "backbone": views * backbone_flops(recipe, backbone, eye, lora=lora),
+        "target encoding": 0.0 if recipe.cache_crops else vae_encoder_flops(size, vae),
+        "backbone": 0.0 if seen else views * backbone_flops(recipe, backbone, eye, lora=lora),
         "denoiser": denoiser_passes(recipe) * denoiser + told * projector_flops(recipe, backbone, mode("projector")),
     }
 

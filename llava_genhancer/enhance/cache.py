@@ -17,6 +17,7 @@ Legend: B batch, K crops of an image.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,14 @@ from llava_genhancer.errors import InputError
 
 CHUNK = 1024  # items of an indexed source in one unit
 BAD = 0xFF  # every byte of a record whose image cannot be used: NaN, or the id -1
+
+
+def count_images(source: Source) -> int:
+    """Images of a source; of tar shards an estimate from the first one and the sizes of all."""
+    if not isinstance(source, ShardSource):
+        return len(source)
+    sizes = [os.path.getsize(path) for path in source.shards]
+    return round(sum(1 for _ in source.read(0)) * sum(sizes) / sizes[0])
 
 
 # --- records --------------------------------------------------------------------------------------------------------

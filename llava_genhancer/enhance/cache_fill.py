@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,21 +17,30 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from llava_genhancer import run
+from llava_genhancer import machine, run
+from llava_genhancer.costs import GIB, Records, frozen_backbone
 from llava_genhancer.data.decode import BadImage
 from llava_genhancer.data.images import IndexedSource, RawSample, ShardSource, Source, fingerprint
 from llava_genhancer.data.loader import MIN_READ, start_worker
 from llava_genhancer.data.views import TrainView
-from llava_genhancer.enhance.cache import BAD, CHUNK, Cache, CachedItems, CachedShards, CachedView, Crop, Layer
+from llava_genhancer.enhance.cache import (
+    BAD,
+    CHUNK,
+    Cache,
+    CachedItems,
+    CachedShards,
+    CachedView,
+    Crop,
+    Layer,
+    count_images,
+)
 from llava_genhancer.enhance.enhancer import Enhancer
-from llava_genhancer.enhance.stages import frozen_backbone
 from llava_genhancer.enhance.targets import Target
 from llava_genhancer.errors import InputError
 from llava_genhancer.recipes import Recipe
 
 log = logging.getLogger(__name__)
 DECODER_PARTS = ("decoder.", "post_quant_conv.")  # encoding never asks them
-GIB = 2**30
 
 
 def open_cache(
@@ -111,14 +119,6 @@ def _read_unit(source: Source, unit: int) -> Iterator[RawSample]:
     if isinstance(source, ShardSource):
         return source.read(unit)
     return map(source.get, range(unit * CHUNK, min((unit + 1) * CHUNK, len(source))))
-
-
-def count_images(source: Source) -> int:
-    """Images of a source; of tar shards an estimate from the first one and the sizes of all."""
-    if not isinstance(source, ShardSource):
-        return len(source)
-    sizes = [os.path.getsize(path) for path in source.shards]
-    return round(sum(1 for _ in source.read(0)) * sum(sizes) / sizes[0])
 
 
 @dataclass
@@ -246,14 +246,13 @@ def _check_disk(source: Source, layers: dict[str, Layer], missing: dict[str, lis
     images, units = count_images(source), _units(source)
     need = 0.0
     for name, layer in layers.items():
-        size = images * len(missing[name]) / units * layer.crops * layer.record_bytes
+        records = Records(layer.crops, layer.record_bytes)
+        size = records.size(images) * len(missing[name]) / units
         need += size
-        log.info(
-            "cache of %s: about %d images x %d crops x %.1f KiB; %.2f GiB still to write in %s",
-            name, images, layer.crops, layer.record_bytes / 1024, size / GIB, layer.folder,
-        )  # fmt: skip
+        still = f"{size / GIB:.2f} GiB still to write in {layer.folder}"
+        log.info("cache of %s: %s; %s", name, records.told(images), still)
     folder = layers["targets"].folder
-    free = shutil.disk_usage(folder).free
+    free = machine.free_bytes(folder)
     if need > free:
         raise InputError(
             f"the cache needs {need / GIB:.1f} GiB and {folder.parent} has {free / GIB:.1f} GiB free: choose "

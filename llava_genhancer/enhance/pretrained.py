@@ -12,10 +12,6 @@ from llava_genhancer.errors import InputError, reason
 from llava_genhancer.recipes import Recipe
 from llava_genhancer.toyworld.paths import resolve
 
-# Configs for BFL's single file, which has none, and for counting costs before anything is downloaded.
-FLUX_CONFIG = Path(__file__).parent / "flux_transformer"
-SD_UNET_CONFIG = Path(__file__).parent / "sd21_unet"
-
 
 def load_whole(cls: Any, name: str, subfolder: str, **options: Any) -> Any:
     """A diffusers model from a folder or hub id, where it lies at the root or in a pipeline's ``subfolder``.

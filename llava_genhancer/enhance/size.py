@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from llava_genhancer import costs
-from llava_genhancer.doctor import facts_of, host_memory
 from llava_genhancer.errors import InputError
+from llava_genhancer.machine import host_memory
 from llava_genhancer.recipes import Recipe
 
 WIDE = "denoiser_layers, denoiser_heads x denoiser_head_dim, vec_dim, txt_dim and lora_rank decide it"
@@ -19,7 +19,7 @@ def check_size(recipe: Recipe) -> None:
     Raises:
         InputError: with the size that does not fit.
     """
-    facts = facts_of(recipe)
+    facts = costs.facts_of(recipe)
     if facts is None:
         return
     backbone, vae = facts

@@ -11,19 +11,15 @@ from pathlib import Path
 
 import torch
 
+from llava_genhancer.costs import stage_recipe
 from llava_genhancer.engine import load_trained
 from llava_genhancer.enhance.backbones import add_lora, trainable_backbone_names
 from llava_genhancer.enhance.enhancer import Enhancer, build_enhancer
 from llava_genhancer.enhance.targets import Target
-from llava_genhancer.recipes import Recipe, StageRecipe
+from llava_genhancer.recipes import Recipe
 
 WEIGHTS = "weights.safetensors"
 STAGES = (1, 2)
-
-
-def stage_recipe(recipe: Recipe, stage: int) -> StageRecipe:
-    """The table of one stage."""
-    return {1: recipe.stage1, 2: recipe.stage2}[stage]
 
 
 def trainable_names(enhancer: Enhancer, recipe: Recipe, stage: int) -> set[str]:
@@ -35,12 +31,6 @@ def trainable_names(enhancer: Enhancer, recipe: Recipe, stage: int) -> set[str]:
         else:
             names |= {f"{part}.{n}" for n, _ in enhancer.get_submodule(part).named_parameters()}
     return names
-
-
-def frozen_backbone(recipe: Recipe, stage: int) -> bool:
-    """Whether the backbone is the pre-trained one from the beginning to the end of a stage."""
-    stages = [s for s in STAGES[:stage] if stage_recipe(recipe, s).max_steps > 0]
-    return all("backbone" not in stage_recipe(recipe, s).trains for s in stages)
 
 
 def build_stage(recipe: Recipe, stage: int, target: Target, results: Iterable[Path] = ()) -> Enhancer:

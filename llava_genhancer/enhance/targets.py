@@ -15,13 +15,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from llava_genhancer.architectures import FLUX_VAE_CONFIG
 from llava_genhancer.enhance.pretrained import load_whole
 from llava_genhancer.enhance.vq import check_vq, load_vq_target
 from llava_genhancer.errors import InputError, reason
 from llava_genhancer.recipes import Recipe
 from llava_genhancer.toyworld.paths import resolve
-
-FLUX_VAE_CONFIG = Path(__file__).parent / "flux_vae"
 
 
 class Target(Protocol):

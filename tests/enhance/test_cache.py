@@ -1,6 +1,5 @@
 """The cache of frozen work: the loss of a training without it, its order, its keys, and what a crash leaves."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,15 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from llava_genhancer import recipes, run
+from llava_genhancer import costs, machine, recipes, run
+from llava_genhancer.costs import frozen_backbone
 from llava_genhancer.data.images import open_source
 from llava_genhancer.data.loader import build_loader, sample_seed
 from llava_genhancer.data.views import TrainView
 from llava_genhancer.enhance import cache as cache_module
-from llava_genhancer.enhance import cache_fill
+from llava_genhancer.enhance.cache import count_images
 from llava_genhancer.enhance.cache_fill import open_cache
-from llava_genhancer.enhance.stages import build_stage, frozen_backbone
+from llava_genhancer.enhance.stages import build_stage
 from llava_genhancer.enhance.targets import load_target
 from llava_genhancer.enhance.train import EnhanceTrainer, enhance, training_arguments
 from llava_genhancer.errors import InputError
@@ -179,12 +179,43 @@ def test_only_units_that_are_missing_are_written(
     assert torch.equal(torch.get_rng_state(), state), "training draws from the global RNG"
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cache_crops": 2},
+        {"cache_crops": 3, "cache_dtype": "float32", "vae_posterior": "mean", "condition": "locals"},
+        {"cache_crops": 1, "image_size": 48, "condition": "pooled"},
+        {"cache_crops": 1, "stage1.trains": "backbone,projector,denoiser"},
+        {"cache_crops": 1, "backbone": "SIGLIP", "condition": "locals"},
+        {"cache_crops": 2, "denoiser": "masked"},
+    ],
+)
+def test_the_forecast_is_what_is_written(
+    recipe_of: Callable[..., recipes.Recipe],
+    masked_recipe_of: Callable[..., recipes.Recipe],
+    tiny_siglip: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+) -> None:
+    """Counted from the recipe alone: the kinds, each record's bytes, and with the number of images the files' size."""
+    make = masked_recipe_of if "denoiser" in changes else recipe_of
+    recipe = make(**{name: str(tiny_siglip) if value == "SIGLIP" else value for name, value in changes.items()})
+    cache, _, _ = opened(recipe, tmp_path)
+    facts = costs.facts_of(recipe)
+    assert facts is not None
+    kinds = costs.cache_records(recipe, *facts)
+    layers = cache.view.layers
+    assert {n: r.record_bytes for n, r in kinds.items()} == {n: layer.record_bytes for n, layer in layers.items()}
+    for name, records in kinds.items():
+        written = sum(p.stat().st_size for p in layers[name].folder.glob("*.bin"))
+        assert records.size(count_images(open_source(str(recipe.data)))) == written
+
+
 def test_refusals(
     recipe_of: Callable[..., recipes.Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     recipe = recipe_of(cache_crops=2)
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(cache_fill.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(machine, "free_bytes", lambda path: 1000.0)
     with caplog.at_level("INFO"), pytest.raises(InputError, match="--cache_folder on another disk"):
         opened(recipe, tmp_path)
     assert "about 40 images x 2 crops x 2.0 KiB" in caplog.text  # 2 moments x 4 channels x 16 x 16 of two bytes

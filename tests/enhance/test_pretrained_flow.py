@@ -7,9 +7,9 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from llava_genhancer import recipes
+from llava_genhancer.architectures import FLUX_CONFIG
 from llava_genhancer.enhance.conditions import Condition
 from llava_genhancer.enhance.denoisers.flow import FlowDenoiser, new_transformer, patchify
-from llava_genhancer.enhance.pretrained import FLUX_CONFIG
 from llava_genhancer.enhance.stages import build_stage
 from llava_genhancer.enhance.targets import VaeTarget
 from llava_genhancer.errors import InputError

@@ -11,8 +11,9 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llava_genhancer.architectures import FLUX_VAE_CONFIG
 from llava_genhancer.enhance import targets
-from llava_genhancer.enhance.targets import FLUX_VAE_CONFIG, VaeTarget, check_vae, load_vae_target
+from llava_genhancer.enhance.targets import VaeTarget, check_vae, load_vae_target
 from llava_genhancer.errors import InputError
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, TrainerCallback
 
 from llava_genhancer import recipes
+from llava_genhancer.architectures import SD_UNET_CONFIG
 from llava_genhancer.enhance.conditions import Condition
 from llava_genhancer.enhance.denoisers.unet import UNetDenoiser
 from llava_genhancer.enhance.enhancer import build_enhancer
-from llava_genhancer.enhance.pretrained import SD_UNET_CONFIG
 from llava_genhancer.enhance.stages import build_stage
 from llava_genhancer.enhance.targets import VaeTarget
 from llava_genhancer.enhance.train import EnhanceTrainer, enhance, optimizer

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava_genhancer.architectures import FLUX_CONFIG
 from llava_genhancer.enhance.conditions import Condition
 from llava_genhancer.enhance.denoisers.continuous import ContinuousDenoiser
 from llava_genhancer.enhance.objectives import rectified_flow_path, sample_t
-from llava_genhancer.enhance.pretrained import FLUX_CONFIG, load_pretrained
+from llava_genhancer.enhance.pretrained import load_pretrained
 from llava_genhancer.enhance.targets import VaeTarget
 from llava_genhancer.errors import InputError
 from llava_genhancer.recipes import Recipe
