@@ -25,6 +25,7 @@ from transformers import TrainingArguments
 
 from llava_genhancer import run
 from llava_genhancer.errors import InputError, plain, reason
+from llava_genhancer.fields import Guards
 from llava_genhancer.resources import resource_dir
 from llava_genhancer.trainer import FINAL_FILE, ExactTrainer
 
@@ -37,11 +38,15 @@ DEEPSPEED_KEYS = (
 )  # fmt: skip
 
 
-def check_deepspeed(path: str | None) -> None:
+def check_deepspeed(path: str | None, guards: Guards | None = None) -> None:
     """Refuse a DeepSpeed JSON that cannot be used, before anything is loaded.
 
+    Args:
+        guards: of the recipe that it will train.
+
     Raises:
-        InputError: no such file, not JSON, a misspelt key (DeepSpeed would pass over it), a ZeRO section it refuses.
+        InputError: no such file, not JSON, a misspelt key (DeepSpeed would pass over it), a ZeRO section it refuses,
+            or one under which it cannot leave out the steps that the guards want skipped.
     """
     if path is None:
         return
@@ -64,11 +69,21 @@ def check_deepspeed(path: str | None) -> None:
     from pydantic import ValidationError
 
     try:  # "auto" is filled in later, from the training's arguments
-        DeepSpeedZeroConfig(**{k: v for k, v in zero.items() if v != "auto"})
+        stage = DeepSpeedZeroConfig(**{k: v for k, v in zero.items() if v != "auto"}).stage
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, ("zero_optimization", *first["loc"])))
         raise InputError(f"--deepspeed {path}: {where}: {first['msg']}") from None
+    if guards is not None and guards.on_bad_step == "skip":
+        # DeepSpeed steps by itself. Without ZeRO an fp32 one looks at no gradient; in bf16 it does unless told not to.
+        bf16 = settings.get("bf16")
+        blind = isinstance(bf16, dict) and bf16.get("check_grad_overflow") is False
+        if stage == 0 or blind:
+            what = "bf16.check_grad_overflow: false" if blind else "zero_optimization.stage 0"
+            raise InputError(
+                f"--deepspeed {path}: DeepSpeed may take bad steps under {what}, so --on_bad_step skip cannot be kept: "
+                f"{'remove that' if blind else 'use stage 1, 2 or 3, or no --deepspeed'}"
+            )
 
 
 def accumulation(global_batch_size: int, per_device_batch_size: int) -> int:
@@ -211,6 +226,9 @@ def finish_stage(trainer: ExactTrainer, final: Path, seconds: float, **facts: An
         dist.all_gather_object(reports, trainer.loader.report().to_dict(), group=trainer.cpu_group)
     if trainer.rank == 0:
         stage_dir, skipped = trainer.stage_dir, _add_reports(reports)
+        if "places" in skipped:  # a language model's input
+            tokens, places = skipped.pop("tokens"), skipped.pop("places")
+            facts |= {"tokens": tokens, "places": places, "padding_share": round(1 - tokens / max(places, 1), 4)}
         weights = stage_dir / FINAL_FILE
         weights.unlink(missing_ok=True)
         try:

@@ -63,7 +63,7 @@ def enhance(
     rank = int(os.environ.get("RANK", "0"))
     if recipe.data is None:
         raise InputError("no images given: add --data PATH (tar shards, image folder, HF dataset or LLaVA JSON)")
-    engine.check_deepspeed(deepspeed)
+    engine.check_deepspeed(deepspeed, recipe)
     engine.accumulation(recipe.global_batch_size, recipe.per_device_batch_size)  # refused before a manifest says it
     check_backbone(recipe.backbone)
     check_target(recipe)

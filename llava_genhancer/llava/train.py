@@ -93,7 +93,7 @@ def _check(recipe: LlavaRecipe, step: str, deepspeed: str | None) -> None:
         raise InputError(f"no data given: add --{step}.data FILE.json and --{step}.image_folder DIR (LLaVA's JSON)")
     for name in STEPS:  # the other step's too: nobody wants to learn of it hours later
         get_template(recipe.step(name).conversation)
-    engine.check_deepspeed(deepspeed)
+    engine.check_deepspeed(deepspeed, recipe)
     engine.accumulation(table.global_batch_size, table.per_device_batch_size)
     llava_config(recipe)
 

@@ -6,6 +6,7 @@ import pytest
 
 from llava_genhancer.engine import check_deepspeed
 from llava_genhancer.errors import InputError
+from llava_genhancer.fields import Guards
 from llava_genhancer.resources import resource_dir
 
 
@@ -43,6 +44,28 @@ def test_keys_that_we_do_not_know_are_deepspeeds_business(tmp_path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"wall_clock_breakdown": True, "zero_optimization": {"reduce_bucket_size": "auto"}}))
     check_deepspeed(str(path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"zero_optimization": {"stage": 0}}, r"under zero_optimization\.stage 0, .*: use stage 1, 2 or 3"),
+        ({"zero_optimization": {}}, r"under zero_optimization\.stage 0"),
+        (
+            {"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto", "check_grad_overflow": False}},
+            r"under bf16\.check_grad_overflow: false, .*: remove that",
+        ),
+    ],
+)
+def test_where_deepspeed_would_take_a_bad_step_none_can_be_skipped(tmp_path, settings, words) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(settings))
+    check_deepspeed(str(path), Guards())
+    with pytest.raises(InputError, match=words):
+        check_deepspeed(str(path), Guards(on_bad_step="skip"))
+    for stage in (1, 2, 3):
+        path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        check_deepspeed(str(path), Guards(on_bad_step="skip"))
 
 
 def test_no_file_is_said(tmp_path) -> None:
