@@ -90,9 +90,15 @@ def _even(batch: list[int], lengths: Sequence[int], chunks: int) -> list[int]:
 
 @dataclass
 class LlavaReport(SkipReport):
-    """What a training read, skipped and cut off; ``left_out`` is what the JSON held that could not be used."""
+    """What a training read, skipped and cut off; ``left_out`` is what the JSON held that could not be used.
+
+    Attributes:
+        tokens: that the language model read, images at full length. places: that it computed, padding included.
+    """
 
     truncated: int = 0
+    tokens: int = 0
+    places: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
 
 
@@ -159,6 +165,8 @@ class LlavaLoader:
             if "problem" in batch:
                 raise InputError(f"data {self.dataset.samples.path}: {batch['problem']}: fix the data")
             self._given += 1
+            self._report.tokens += batch.pop("tokens")
+            self._report.places += batch["input_ids"].numel()
             self._count(batch.pop("skipped"), len(batch["keys"]), batch.pop("truncated"))
             yield batch
 
@@ -250,7 +258,7 @@ def build_loader(
     ids = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, 0)
     return LlavaLoader(
         dataset,
-        Collator(next(i for i in ids if i is not None), tokens_per_image),
+        Collator(next(i for i in ids if i is not None), tokens_per_image, packing=table.packing),
         batch_size=table.per_device_batch_size,
         accumulation=table.global_batch_size // (table.per_device_batch_size * world_size),
         by_modality=table.group_by_modality_length,

@@ -1,4 +1,4 @@
-"""Samples to tensors: images as the tower's processor wants them, conversations cut to length, batches padded.
+"""Samples to tensors: images as the tower's processor wants them, conversations cut to length, padded or packed.
 
 Legend: L tokens of a sample, T tokens of an image, n images of a sample, N images of a batch.
 """
@@ -150,19 +150,21 @@ class LlavaDataset(Dataset):
 
 
 class Collator:
-    """Items to a batch, padded on the right, with every image's place as long as the image.
+    """Items to a batch with every image's place as long as the image: a row each, padded on the right, or one row.
 
     Args:
         pad_token_id: fills ``input_ids``; ``attention_mask`` tells, not the id.
+        packing: all samples behind each other in one row, nothing padded.
     """
 
-    def __init__(self, pad_token_id: int, tokens_per_image: int):
-        self.pad_token_id, self.tokens_per_image = pad_token_id, tokens_per_image
+    def __init__(self, pad_token_id: int, tokens_per_image: int, *, packing: bool = False):
+        self.pad_token_id, self.tokens_per_image, self.packing = pad_token_id, tokens_per_image, packing
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """``input_ids, labels, attention_mask`` (B, L), ``pixel_values`` (N, 3, H, W) or None, ``keys``, counts.
 
         ``input_ids`` hold IMAGE_TOKEN_INDEX at each of an image's T places; images come in the order of their places.
+        Packed, B is 1 and ``lengths`` lists the samples' tokens; otherwise it is None.
         """
         for item in items:
             if "problem" in item:
@@ -171,12 +173,18 @@ class Collator:
         ids = [item["input_ids"].repeat_interleave(width) for item, width in zip(items, widths, strict=True)]
         labels = [item["labels"].repeat_interleave(width) for item, width in zip(items, widths, strict=True)]
         images = [item["images"] for item in items if item["images"] is not None]
+        lengths = [len(row) for row in ids]
+        if self.packing:  # the end of a sample must not be asked for the beginning of the next
+            labels = [torch.cat([row.new_full((1,), IGNORE_INDEX), row[1:]]) for row in labels]
+            ids, labels = [torch.cat(ids)], [torch.cat(labels)]
         return {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "lengths": lengths if self.packing else None,
             "pixel_values": torch.cat(images) if images else None,
             "keys": [item["key"] for item in items],
             "skipped": [pair for item in items for pair in item["skipped"]],
             "truncated": sum(item["truncated"] for item in items),
+            "tokens": sum(lengths),
         }

@@ -22,6 +22,7 @@ from llava_genhancer.convert.open_clip import is_open_clip
 from llava_genhancer.convert.released import tower_folder
 from llava_genhancer.errors import InputError
 from llava_genhancer.llava.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_genhancer.llava.packing import packed, packed_attention
 from llava_genhancer.llava.recipes import LlavaRecipe
 from llava_genhancer.tower.export import is_tower, verify_tower
 from llava_genhancer.toyworld.paths import resolve
@@ -89,15 +90,23 @@ class Llava(nn.Module):
         return self.language_model(inputs_embeds=self.embed(input_ids, pixel_values), use_cache=False).logits
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, pixel_values: Tensor | None, items: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        pixel_values: Tensor | None,
+        items: Tensor | None = None,
+        lengths: list[int] | None = None,
     ) -> Tensor:
         """The loss of next-token prediction where ``labels`` (B, L) are not ``IGNORE_INDEX``, a scalar.
 
         Args:
             items: what the summed loss is divided by; the number of labels if absent.
+            lengths: tokens of the samples that are packed into the one row; None if each has a row of its own.
         """
         embeddings = self.embed(input_ids, pixel_values)
-        hidden = self.language_model.get_decoder()(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        apart = {} if lengths is None else packed(lengths, input_ids.device)
+        decoder = self.language_model.get_decoder()
+        hidden = decoder(inputs_embeds=embeddings, use_cache=False, **apart).last_hidden_state
         targets = labels[:, 1:]
         learned = targets != IGNORE_INDEX
         # The head is the widest layer and most positions teach nothing.
@@ -130,7 +139,10 @@ def build_llava(recipe: LlavaRecipe, step: str, *, bf16_everywhere: bool = False
     llm_learns = step == "finetune" and recipe.lora_rank == 0
     config = llava_config(recipe)
     tower = load_tower(recipe.tower, frozen)
-    llm = load_llm(recipe.llm, trained if llm_learns else frozen, choose_attention(recipe))
+    attention = choose_attention(recipe)
+    if recipe.step(step).packing:
+        attention = packed_attention(attention, config.text_config, recipe.max_length)
+    llm = load_llm(recipe.llm, trained if llm_learns else frozen, attention)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         projector = build_projector(config).to(trained)

@@ -41,7 +41,7 @@ class LlavaStep:
     )
     packing: bool = option(
         False,
-        "a rank's samples in one row without padding, each seeing only itself: the same loss but for rounding, and less "
+        "a rank's samples in one row without padding, each seeing only itself: the same loss but for rounding, for less "
         "work (ours; LLaVA pads)",
     )
     save_steps: int = option(1_000, "steps between checkpoints (LLaVA: 24 000, none in practice)")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import TrainingArguments
 
 from llava_genhancer import engine, run
@@ -224,14 +225,35 @@ class LlavaTrainer(ExactTrainer):
     ):
         super().__init__(model, args, loader, **kwargs)
         self.llava, self.table = model, table
+        self.counted = torch.zeros(2, dtype=torch.int64)  # tokens and places that this rank's earlier log entries told
         # True makes Trainer count the global batch's labels and leave the division to the model.
         self.model_accepts_loss_kwargs = recipe.normalise_loss == "items"
 
     def batch_loss(self, model: Any, inputs: dict[str, Any], num_items: Any) -> torch.Tensor:
         """The loss of a micro-batch, so that the mean over ranks and micro-batches is the recipe's."""
         items = num_items if self.model_accepts_loss_kwargs else None
-        loss: torch.Tensor = model(inputs["input_ids"], inputs["labels"], inputs["pixel_values"], items)
+        loss: torch.Tensor = model(
+            inputs["input_ids"], inputs["labels"], inputs["pixel_values"], items, inputs.get("lengths")
+        )
         return loss if items is None else loss * self.args.world_size  # ranks' gradients are averaged
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """With tokens/s and the share of padding since the last entry, over all ranks; the loader has counted them."""
+        if "loss" in logs:
+            report = self.loader.report()
+            now = torch.tensor([report.tokens, report.places])
+            new, self.counted = now - self.counted, now
+            if self.cpu_group is not None:
+                dist.all_reduce(new, group=self.cpu_group)
+            tokens, places = new.tolist()
+            rate = tokens / max(time.monotonic() - self.last_log[0], 1e-9)
+            logs = {**logs, "tokens_per_second": round(rate, 1), "padding_share": round(1 - tokens / max(places, 1), 4)}
+        super().log(logs, start_time)
+
+    def _load_data_position(self, folder: Path) -> None:
+        super()._load_data_position(folder)
+        report = self.loader.report()
+        self.counted = torch.tensor([report.tokens, report.places])
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW; the projector's weights move into groups of their own where the recipe gives them a rate."""

@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from llava_genhancer import engine, recipes
-from llava_genhancer.data.loader import SkipReport
+from llava_genhancer.llava.batches import LlavaReport
 from llava_genhancer.llava.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_genhancer.llava.model import build_llava, llava_config
 from llava_genhancer.llava.recipes import LlavaRecipe
@@ -60,11 +60,20 @@ def cut(batch: dict, part: int, size: int) -> dict:
     }
 
 
+def pack(batch: dict) -> dict:
+    """The same samples in one row; what teaches nothing at the end of a sample is taken for padding."""
+    lengths = [max(i for i, label in enumerate(row) if label != IGNORE_INDEX) + 1 for row in batch["labels"].tolist()]
+    row = torch.cat([torch.arange(n) + i * batch["labels"].shape[1] for i, n in enumerate(lengths)])
+    labels = batch["labels"].flatten()[row]
+    assert (labels[torch.tensor([0, *lengths[:-1]]).cumsum(0)] == IGNORE_INDEX).all()
+    return {**batch, "input_ids": batch["input_ids"].flatten()[row][None], "labels": labels[None], "lengths": lengths}
+
+
 class FixedBatches:
     """This rank's micro-batches, or the parts of ``size`` samples that larger ones of ``whole`` are cut into."""
 
-    def __init__(self, rank: int, world: int, *, size: int, whole: int | None = None, **shape: int):
-        self.rank, self.world, self.shape, self.step = rank, world, shape, 0
+    def __init__(self, rank: int, world: int, *, size: int, whole: int | None = None, packing=False, **shape: int):
+        self.rank, self.world, self.shape, self.packing, self.step = rank, world, shape, packing, 0
         self.size, self.whole = size, whole or size
 
     def __iter__(self):
@@ -72,7 +81,8 @@ class FixedBatches:
             number = self.step * self.world + self.rank
             self.step += 1
             parts = self.whole // self.size
-            yield cut(micro_batch(number // parts, self.whole, **self.shape), number % parts, self.size)
+            batch = cut(micro_batch(number // parts, self.whole, **self.shape), number % parts, self.size)
+            yield pack(batch) if self.packing else batch
 
     def close(self):
         pass
@@ -84,7 +94,7 @@ class FixedBatches:
         self.step = state["step"]
 
     def report(self):
-        return SkipReport()
+        return LlavaReport()
 
 
 class Crash(BaseException):
@@ -119,6 +129,7 @@ def train(
         args.world_size,
         size=recipe.step(step).per_device_batch_size,
         whole=whole,
+        packing=recipe.step(step).packing,
         patches=config.image_seq_length,
         side=config.vision_config.image_size,
         words=config.text_config.vocab_size,

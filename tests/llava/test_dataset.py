@@ -319,6 +319,31 @@ def test_collator(dataset: LlavaDataset) -> None:
     assert torch.equal(batch["pixel_values"], torch.cat([items[1]["images"], items[2]["images"]]))
     assert batch["keys"] == ["t0", "i5", "i0"]
     assert Collator(7, TOKENS_PER_IMAGE)(items[:1])["pixel_values"] is None
+    assert (batch["tokens"], batch["lengths"]) == (sum(sizes), None)
+
+
+def test_a_packed_batch_is_the_padded_one_without_padding(dataset: LlavaDataset) -> None:
+    items = [dataset[20], dataset[5], dataset[0]]
+    items[1] = {**items[1], "labels": items[1]["labels"].clone()}
+    items[1]["labels"][0] = items[1]["input_ids"][0] = 11  # learned, had it anything before it
+    padded = Collator(7, TOKENS_PER_IMAGE)(items)
+    packed = Collator(7, TOKENS_PER_IMAGE, packing=True)(items)
+    real = padded["attention_mask"].bool()
+    assert packed["lengths"] == real.sum(1).tolist()
+    assert packed["tokens"] == padded["tokens"] == packed["input_ids"].numel()
+    assert torch.equal(packed["input_ids"], padded["input_ids"][real][None])
+    targets = padded["labels"].clone()
+    targets[:, 0] = IGNORE_INDEX
+    assert torch.equal(packed["labels"], targets[real][None])
+    assert (packed["labels"][:, 1:] != IGNORE_INDEX).sum() == (padded["labels"][:, 1:] != IGNORE_INDEX).sum()
+    assert torch.equal(packed["pixel_values"], padded["pixel_values"])
+
+
+def test_padding_is_counted(make_loader: Callable[..., LlavaLoader]) -> None:
+    loader = make_loader()
+    batches = take(loader, 9)
+    assert loader.report().tokens == sum(int(batch["attention_mask"].sum()) for batch in batches)
+    assert loader.report().places == sum(batch["attention_mask"].numel() for batch in batches)
 
 
 # --- order --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from llava_batches import pack
 from safetensors.torch import load_file, save_file
 from small_llama import write_llama
 
@@ -73,6 +74,44 @@ def test_loss_and_gradients_equal_an_independent_splice(llava_fields, images) ->
     theirs = torch.autograd.grad(expected, list(parameters.values()), allow_unused=True)
     for name, a, b in zip(parameters, ours, theirs, strict=True):
         assert torch.allclose(a, torch.zeros_like(a) if b is None else b, atol=1e-5), name
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("images", [[1, 1, 1], [1, 0, 2], [0, 0, 0], [2]])
+def test_packed_samples_give_the_loss_and_gradients_of_padded_ones(llava_fields, images, attention) -> None:
+    """By our attention and by transformers' own mask, with and without recomputing in the backward pass."""
+    fields = {**llava_fields, "attention": attention}
+    padded, packed = (
+        build_llava(recipe_from(fields, **{"finetune.packing": packing}), "finetune") for packing in (False, True)
+    )
+    assert packed.language_model.config._attn_implementation == {"sdpa": "sdpa_by_sample"}.get(attention, attention)
+    inputs = batch(padded, images, [9, 14, 12][: len(images)])
+    row = pack(inputs)
+    assert row["input_ids"].shape == (1, sum(row["lengths"]))
+    for _ in range(2):
+        losses, gradients = [], []
+        for each, given in ((padded, inputs), (packed, row)):
+            each.zero_grad()
+            losses.append(each(**given, items=torch.tensor(7.0)))
+            losses[-1].backward()
+            gradients.append({n: p.grad.clone() for n, p in each.named_parameters() if p.requires_grad})
+        assert torch.allclose(*losses, rtol=1e-5, atol=0)
+        scale = max(g.abs().max() for g in gradients[0].values())
+        for name, gradient in gradients[0].items():
+            assert torch.allclose(gradient, gradients[1][name], atol=float(1e-5 * scale), rtol=1e-5), name
+        packed.train().language_model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def test_a_window_shorter_than_a_sample_is_not_packed(llava_fields, tiny_llama, tmp_path) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "llm")
+    config = json.loads((tmp_path / "llm" / "config.json").read_text())
+    (tmp_path / "llm" / "config.json").write_text(
+        json.dumps({**config, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64})
+    )
+    fields = {**llava_fields, "llm": str(tmp_path / "llm"), "finetune.packing": True, "attention": "sdpa"}
+    with pytest.raises(InputError, match="looks back 64 tokens only, and max_length=160 is more"):
+        build_llava(recipe_from(fields), "finetune")
+    build_llava(recipe_from(fields, max_length=64), "finetune")
 
 
 def test_a_text_only_batch_gives_the_projector_a_gradient_of_zero(llava_fields) -> None:

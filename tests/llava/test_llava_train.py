@@ -249,6 +249,31 @@ def test_items_and_micro_batches_weigh_tokens_differently(llava_fields, tmp_path
     assert abs(losses["micro_batch", 2] - losses["items", 2]) > 1e-3
 
 
+def test_packing_changes_nothing_but_the_padding(llava_fields, tmp_path, monkeypatch) -> None:
+    """Six steps of accumulation over ragged, text-only and image samples; stopped and begun anew, too."""
+    changes = {"lora_dropout": 0.0, "normalise_loss": "items", "pretrain.max_steps": 0}
+    logs, results = {}, {}
+    for packing in (False, True):
+        recipe = recipe_from(llava_fields, **changes, **{"finetune.packing": packing})
+        if packing:
+            with monkeypatch.context() as patch:
+                crash_at(patch, "finetune", 4)
+                with pytest.raises(Crash):
+                    finetune(recipe, tmp_path / "True")
+        folder = finetune(recipe, tmp_path / str(packing))
+        logs[packing] = run.read_json(folder / "log_history.json")
+        results[packing] = run.read_json(folder / "result.json")
+    for padded, packed in zip(logs[False], logs[True], strict=True):
+        assert packed["loss"] == pytest.approx(padded["loss"], rel=1e-5)
+        assert packed["grad_norm"] == pytest.approx(padded["grad_norm"], rel=1e-4)
+        assert packed["padding_share"] == 0 < padded["padding_share"] < 0.5
+    tokens, places = results[False]["tokens"], results[False]["places"]
+    assert results[False]["padding_share"] == pytest.approx(1 - tokens / places, abs=1e-4)
+    assert (results[True]["tokens"], results[True]["places"], results[True]["padding_share"]) == (tokens, tokens, 0)
+    with pytest.raises(InputError, match=r"finetune\.packing: false -> true"):
+        finetune(recipe, tmp_path / "False")
+
+
 def arguments(fields: dict) -> list[str]:
     return [f"--{k}={v}" for k, v in fields.items()]
 
