@@ -38,6 +38,7 @@ LLM_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads"
 LLM_7B |= {"head_dim": 128, "max_position_embeddings": 4096, "vocab_size": 32064}
 VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
 VIT_L |= {"image_size": 336, "patch_size": 14}
+THEIRS = "lmms-eval's llava_hf"
 
 
 # --- what is measured ---------------------------------------------------------------------------------------------
@@ -62,31 +63,32 @@ def write_model(folder: Path) -> Path:
         vision_feature_layer=-2,
         dtype=torch.float32,
     )
+    folder.mkdir(parents=True, exist_ok=True)
     write_hf(checkpoint, folder)
     return folder
 
 
-def widen(folder: Path, layers: int) -> None:
-    """Random bf16 weights of LLaVA-1.5-7B's shape in the place of the tiny ones; the tokenizer stays."""
+def widen(folder: Path, llm: dict[str, int], vision: dict[str, int], dtype: torch.dtype) -> None:
+    """Random weights of another shape in the place of the tiny ones; the tokenizer stays."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     config = LlavaConfig.from_pretrained(folder)
-    for part, shape in ((config.text_config, {**LLM_7B, "num_hidden_layers": layers}), (config.vision_config, VIT_L)):
+    for part, shape in ((config.text_config, llm), (config.vision_config, vision)):
         for name, value in shape.items():
             setattr(part, name, value)
-    config.image_seq_length = (VIT_L["image_size"] // VIT_L["patch_size"]) ** 2
+    config.image_seq_length = (vision["image_size"] // vision["patch_size"]) ** 2
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     try:
         model = LlavaForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(before)
     model.save_pretrained(folder)
-    sizes = {"crop_size": {"height": VIT_L["image_size"], "width": VIT_L["image_size"]}}
-    sizes["size"] = {"shortest_edge": VIT_L["image_size"]}
+    sizes: dict[str, Any] = {"crop_size": {"height": vision["image_size"], "width": vision["image_size"]}}
+    sizes["size"] = {"shortest_edge": vision["image_size"]}
     for name, change in (
         ("preprocessor_config.json", sizes),
-        ("processor_config.json", {"patch_size": VIT_L["patch_size"]}),
+        ("processor_config.json", {"patch_size": vision["patch_size"]}),
     ):
         run.write_json(folder / name, {**run.read_json(folder / name), **change})
 
@@ -126,6 +128,13 @@ def requests(docs: list[dict[str, Any]], new_tokens: int) -> list[Any]:
     return asked
 
 
+def serve(model: Any, docs: list[dict[str, Any]], asked: list[Any]) -> list[str]:
+    """A model's replies."""
+    model.task_dict = {TASK: {SPLIT: docs}}
+    replies: list[str] = model.generate_until(asked)
+    return replies
+
+
 def llava_hf(folder: Path, device: torch.device) -> Any:
     """lmms-eval's class for such a folder. For videos it imports a reader that lmms-eval does not bring."""
     if importlib.util.find_spec("decord") is None:
@@ -139,42 +148,41 @@ def llava_hf(folder: Path, device: torch.device) -> Any:
 
 def measure(folder: Path, docs: list[dict[str, Any]], args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Seconds for all documents, by each way of answering, in turns."""
-    from llava_genhancer.evaluate.lmms_model import LlavaGenhancer
+    from llava_genhancer.evaluate.mllm.model import LlavaGenhancer
 
     ours = LlavaGenhancer(str(folder), device=str(device))
     theirs = llava_hf(folder, device)
     replies: dict[str, list[str]] = {}
 
     def way(name: str, model: Any, *, likelihood: bool = False, batch: int = 1) -> Callable[[], None]:
-        model.task_dict = {TASK: {SPLIT: docs}}
-
         def answer() -> None:
             if model is ours:
                 ours.by_likelihood, ours.batch_size = likelihood, batch
-            replies[name] = model.generate_until(requests(docs, NEW_TOKENS[args.size]))
+            replies[name] = serve(model, docs, requests(docs, NEW_TOKENS[args.size]))
 
         return answer
 
-    ways = {
-        f"likelihood, batch {args.batch}": way("likelihood", ours, likelihood=True, batch=args.batch),
-        "likelihood, batch 1": way("likelihood alone", ours, likelihood=True),
-        f"words, batch {args.batch}": way("words", ours, batch=args.batch),
-        "words, batch 1": way("words alone", ours),
-        "lmms-eval's llava_hf": way("theirs", theirs),
-    }
+    ways = {}
+    for kind in ("likelihood", "words"):
+        for batch in args.batches:
+            name = f"{kind}, batch {batch}"
+            ways[name] = way(name, ours, likelihood=kind == "likelihood", batch=batch)
+    ways[THEIRS] = way(THEIRS, theirs)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(args.repeats + 1):  # the first warms up
         for name, answer in ways.items():
             taken = timed(answer, device, repeats=1, warmup=0)
             seconds[name] += taken if turn else []
-    same = [a == b.strip() for a, b in zip(replies["words alone"], replies["theirs"], strict=True)]
+    first = args.batches[0]
+    same = [a == b.strip() for a, b in zip(replies[f"words, batch {first}"], replies[THEIRS], strict=True)]
+    chosen = [replies[f"likelihood, batch {batch}"] for batch in args.batches]
     rates = {name: len(docs) / statistics.median(times) for name, times in seconds.items()}
     return {
         "ways": {name: summary(times) | {"questions_per_second": rates[name]} for name, times in seconds.items()},
-        "times_llava_hf": {name: rate / rates["lmms-eval's llava_hf"] for name, rate in rates.items()},
+        "times_llava_hf": {name: rate / rates[THEIRS] for name, rate in rates.items()},
         "same_words_as_llava_hf": sum(same) / len(same),
-        "same_answer_in_batches": replies["likelihood"] == replies["likelihood alone"],
-        "letters_a_reply": statistics.mean(map(len, replies["theirs"])),
+        "same_answer_in_batches": all(answers == chosen[0] for answers in chosen),
+        "letters_a_reply": statistics.mean(map(len, replies[THEIRS])),
     }
 
 
@@ -202,7 +210,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=32, help="of the language model with --size 7b (default: 32)")
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--questions", type=int, default=96, help="default: 96")
-    parser.add_argument("--batch", type=int, default=16, help="questions at a time, where there are batches")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="questions at a time (default: 1 2 4 8 16)"
+    )
     parser.add_argument("--repeats", type=int, default=7, help="turns that count (default: 7)")
     parser.add_argument("--output", metavar="JSON", help="write the figures here")
     return parser.parse_args(argv)
@@ -215,11 +225,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_model(Path(scratch))
         if args.size == "7b":
-            widen(folder, args.layers)
+            widen(folder, {**LLM_7B, "num_hidden_layers": args.layers}, VIT_L, torch.bfloat16)
         result = {
             "size": args.size,
             "questions": args.questions,
-            "batch": args.batch,
+            "batches": args.batches,
             "machine": machine(device),
             **measure(folder, documents(args.questions), args, device),
         }

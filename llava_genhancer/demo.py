@@ -33,7 +33,7 @@ def demo(fields: Mapping[str, str], output_dir: Path, *, seeds: int = 1) -> int:
     for seed, folder in runs.items():
         if status := _one({**fields, "seed": str(seed)}, folder):
             return status
-    from llava_genhancer.evaluate.seeds import write_seeds_report
+    from llava_genhancer.evaluate.report.seeds import write_seeds_report
 
     print(f"report: {write_seeds_report(list(runs.values()), output_dir)}")
     return 0

@@ -9,7 +9,7 @@ import pytest
 
 from llava_genhancer.demo import demo
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate.mllm_results import read_models
+from llava_genhancer.evaluate.mllm.results import read_models
 from llava_genhancer.toyworld import benchmarks, probes, writers
 
 FIELDS = {

@@ -8,7 +8,7 @@ import numpy as np
 
 from llava_genhancer.ablate.results import Estimate, Table
 from llava_genhancer.evaluate.figures import COLOURS, INK, Drawing, short
-from llava_genhancer.evaluate.mmvp_results import GUESS
+from llava_genhancer.evaluate.mmvp.results import GUESS
 
 SCALES = (0.1, 0.5, 1.0, 5.0, 10.0)  # of Table 4 and Fig. 7
 PANELS = {"zero_shot": "zero-shot, points", "probes": "probes, points", "clip_score": "CLIP score"}

@@ -16,10 +16,10 @@ from PIL import Image
 from llava_genhancer.ablate.figure import ablation_figure
 from llava_genhancer.ablate.results import QUANTITIES, Estimate, Row, Table
 from llava_genhancer.evaluate import figures, generation, paper
-from llava_genhancer.evaluate.generation_report import DEFINITIONS, FIGURE
-from llava_genhancer.evaluate.html import page
 from llava_genhancer.evaluate.markdown import block, table, text
-from llava_genhancer.evaluate.mmvp_results import GUESS, ONE_PAIR
+from llava_genhancer.evaluate.mmvp.results import GUESS, ONE_PAIR
+from llava_genhancer.evaluate.report.generation_section import DEFINITIONS, FIGURE
+from llava_genhancer.evaluate.report.html import page
 from llava_genhancer.run import versions, write_json, write_text
 
 PICTURES_SHOWN = 10

@@ -13,9 +13,11 @@ from llava_genhancer.ablate.grids import Grid
 from llava_genhancer.ablate.running import Job
 from llava_genhancer.engine import stage_result
 from llava_genhancer.enhance.stages import STAGES
-from llava_genhancer.evaluate import generation_report, paper, zero_shot_results
-from llava_genhancer.evaluate.mmvp_results import MmvpResult, compare, load_results
-from llava_genhancer.evaluate.seeds import spread
+from llava_genhancer.evaluate import paper
+from llava_genhancer.evaluate.mmvp.results import MmvpResult, compare, load_results
+from llava_genhancer.evaluate.report import generation_section
+from llava_genhancer.evaluate.report.seeds import spread
+from llava_genhancer.evaluate.zero_shot import results as zero_shot_results
 from llava_genhancer.run import read_json
 
 # What is printed of a cell: column title, and format of its mean.
@@ -174,7 +176,7 @@ def _quantities(job: Job, cost: bool) -> dict[str, float]:
     if (answers := job.folder / "eval" / "zero_shot.json").is_file():
         original, enhanced = zero_shot_results.load_results(answers)
         found["zero_shot"] = enhanced.mean - original.mean
-    quality = generation_report.final(job.folder)
+    quality = generation_section.final(job.folder)
     if quality is not None:
         found["clip_score"] = quality["clip_score"]
         if quality["psnr"] is not None:

@@ -87,14 +87,14 @@ def _add_zero_shot_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _mmvp_vlm(args: Any) -> None:
-    from llava_genhancer.evaluate.mmvp_vlm import run
+    from llava_genhancer.evaluate.mmvp.measure import run
 
     batch, device = args.batch_size, args.device
     run(args.towers, args.data, output=args.output, batch_size=batch, device=device, locals_too=args.locals)
 
 
 def _zero_shot(args: Any) -> None:
-    from llava_genhancer.evaluate.zero_shot import run
+    from llava_genhancer.evaluate.zero_shot.measure import run
 
     run(args.towers, args.data, output=args.output, batch_size=args.batch_size, device=args.device)
 
@@ -115,7 +115,7 @@ def _curve(args: Any) -> None:
 
 def _generation(args: Any) -> None:
     from llava_genhancer.evaluate.generation import measure
-    from llava_genhancer.evaluate.generation_report import FIGURE, RESULT
+    from llava_genhancer.evaluate.report.generation_section import FIGURE, RESULT
 
     measure(args.run_dir, args.data, args.device)
     print(f"results: {Path(args.run_dir) / RESULT}\nfigure:  {Path(args.run_dir) / 'figures' / FIGURE}")
@@ -144,7 +144,7 @@ def _questions(args: Any) -> None:
 
 
 def _mllm(args: Any) -> None:
-    from llava_genhancer.evaluate.mllm import evaluate
+    from llava_genhancer.evaluate.mllm.measure import evaluate
 
     evaluate(
         args.checkpoints,
@@ -160,7 +160,7 @@ def _mllm(args: Any) -> None:
 
 
 def _report(args: Any) -> None:
-    from llava_genhancer.evaluate.report import write_report
+    from llava_genhancer.evaluate.report.write import write_report
 
     run_dir, *others = map(Path, args.run_dirs)
     if (run_dir / "tower").is_dir() and (run_dir / "manifest.json").is_file():

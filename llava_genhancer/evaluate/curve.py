@@ -20,12 +20,12 @@ import torch
 from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate.figures import COLOURS, INK, Drawing, short
 from llava_genhancer.evaluate.markdown import table
-from llava_genhancer.evaluate.mmvp_results import GUESS, MmvpResult
-from llava_genhancer.evaluate.mmvp_vlm import Benchmark, evaluate_tower, load_benchmark, output_path
+from llava_genhancer.evaluate.mmvp.measure import Benchmark, evaluate_tower, load_benchmark, output_path
+from llava_genhancer.evaluate.mmvp.results import GUESS, MmvpResult
 from llava_genhancer.evaluate.towers import Tower, choose_device, load_tower
-from llava_genhancer.evaluate.zero_shot import evaluate_tower as evaluate_zero_shot
-from llava_genhancer.evaluate.zero_shot_data import load_sets
-from llava_genhancer.evaluate.zero_shot_results import Store, TowerAnswers
+from llava_genhancer.evaluate.zero_shot.data import load_sets
+from llava_genhancer.evaluate.zero_shot.measure import evaluate_tower as evaluate_zero_shot
+from llava_genhancer.evaluate.zero_shot.results import Store, TowerAnswers
 from llava_genhancer.run import MANIFEST, read_json, recipe_of, versions, write_json
 from llava_genhancer.tower.export import is_tower, read_marker
 

@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from llava_genhancer.evaluate.mmvp_results import GUESS, Comparison, MmvpResult
+from llava_genhancer.evaluate.mmvp.results import GUESS, Comparison, MmvpResult
 from llava_genhancer.run import write_bytes
 
 COLOURS = ("#8C8C8C", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")

@@ -26,10 +26,10 @@ from llava_genhancer.data.images import ShardSource, open_source
 from llava_genhancer.enhance.export import export_tower
 from llava_genhancer.enhance.stages import STAGES, stage_recipe
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate.generation_report import FIGURE, RESULT, generation_figure
-from llava_genhancer.evaluate.mmvp_data import Benchmark, load_benchmark
-from llava_genhancer.evaluate.mmvp_vlm import evaluate_tower
-from llava_genhancer.evaluate.seeds import spread
+from llava_genhancer.evaluate.mmvp.data import Benchmark, load_benchmark
+from llava_genhancer.evaluate.mmvp.measure import evaluate_tower
+from llava_genhancer.evaluate.report.generation_section import FIGURE, RESULT, generation_figure
+from llava_genhancer.evaluate.report.seeds import spread
 from llava_genhancer.evaluate.towers import Tower, load_tower
 from llava_genhancer.recipes import Recipe
 from llava_genhancer.run import recipe_of, write_json

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate.mmvp_results import Comparison, Score
+from llava_genhancer.evaluate.mmvp.results import Comparison, Score
 from llava_genhancer.evaluate.statistics import (
     mcnemar_exact,
     paired_difference_interval,

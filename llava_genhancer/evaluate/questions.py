@@ -14,9 +14,9 @@ from PIL import Image
 
 from llava_genhancer.data.decode import BadImage, decode
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate.mmvp_vlm import short_labels
+from llava_genhancer.evaluate.mllm.respondent import Ask, Respondent
+from llava_genhancer.evaluate.mmvp.measure import short_labels
 from llava_genhancer.evaluate.question_results import BLIND, Answer, QuestionResult, save_results
-from llava_genhancer.evaluate.respondent import Ask, Respondent
 from llava_genhancer.evaluate.words import p_value, percent
 from llava_genhancer.run import read_json, sha256
 

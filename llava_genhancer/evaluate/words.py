@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llava_genhancer.evaluate.markdown import code, table, text
-from llava_genhancer.evaluate.mmvp_results import Comparison, MmvpResult, Score
+from llava_genhancer.evaluate.mmvp.results import Comparison, MmvpResult, Score
 from llava_genhancer.evaluate.paper import PATTERNS
 
 

@@ -16,7 +16,7 @@ from llava_genhancer import cli, run
 from llava_genhancer.ablate.command import ablate
 from llava_genhancer.enhance.train import enhance
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate.mmvp_results import load_results
+from llava_genhancer.evaluate.mmvp.results import load_results
 from llava_genhancer.toyworld.writers import write_mmvp
 
 SHORT = {

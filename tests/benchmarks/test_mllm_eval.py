@@ -23,7 +23,7 @@ def benchmark():
 
 def test_tiny(benchmark, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output = tmp_path / "deep" / "out.json"
-    options = ["--questions", "4", "--batch", "3", "--repeats", "2", "--device", "cpu", "--output", str(output)]
+    options = ["--questions", "4", "--batches", "1", "3", "--repeats", "2", "--device", "cpu", "--output", str(output)]
     result = benchmark.main(options)
     assert json.loads(output.read_text()) == json.loads(json.dumps(result))
     rates = {name: way["questions_per_second"] for name, way in result["ways"].items()}

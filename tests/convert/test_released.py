@@ -100,7 +100,7 @@ def test_what_cannot_be_fetched_is_one_line(monkeypatch, tmp_path):
 
 
 def test_the_papers_row_is_the_methods():
-    from llava_genhancer.evaluate.mmvp_results import MmvpResult
+    from llava_genhancer.evaluate.mmvp.results import MmvpResult
 
     result = MmvpResult("diva:openai-l14-224", "diva", "clip", (), backbone="openai-l14-224", method="diva")
     assert result.paper is not None

@@ -16,9 +16,9 @@ from llava_genhancer.enhance.export import export_tower
 from llava_genhancer.enhance.train import _write_strip, enhance
 from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate.generation import Judge, captions_of, measure, read_strip
-from llava_genhancer.evaluate.generation_report import final
-from llava_genhancer.evaluate.mmvp_vlm import evaluate_tower, load_benchmark
-from llava_genhancer.evaluate.report import write_report
+from llava_genhancer.evaluate.mmvp.measure import evaluate_tower, load_benchmark
+from llava_genhancer.evaluate.report.generation_section import final
+from llava_genhancer.evaluate.report.write import write_report
 from llava_genhancer.evaluate.towers import load_tower
 from llava_genhancer.toyworld.writers import write_shards
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava_genhancer.evaluate.html import page
 from llava_genhancer.evaluate.markdown import block, code, table, text
+from llava_genhancer.evaluate.report.html import page
 
 ODD = [
     "<script>alert(1)</script>",

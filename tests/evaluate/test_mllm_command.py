@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate.local_data import CACHE_VARIABLE, cache_folder
-from llava_genhancer.evaluate.mllm import evaluate, revisions
+from llava_genhancer.evaluate.mllm.local_data import CACHE_VARIABLE, cache_folder
+from llava_genhancer.evaluate.mllm.measure import evaluate, revisions
 from llava_genhancer.toyworld.benchmarks import write_benchmarks
 
 pytest.importorskip("lmms_eval")

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate.mmvp_data import load_benchmark
-from llava_genhancer.evaluate.mmvp_vlm import run
+from llava_genhancer.evaluate.mmvp.data import load_benchmark
+from llava_genhancer.evaluate.mmvp.measure import run
 from llava_genhancer.evaluate.towers import load_tower
 
 

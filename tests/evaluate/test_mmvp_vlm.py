@@ -12,8 +12,8 @@ from PIL import Image
 
 from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate import paper, towers
-from llava_genhancer.evaluate.mmvp_results import MmvpResult, compare, load_results
-from llava_genhancer.evaluate.mmvp_vlm import evaluate_tower, load_benchmark, pair_logits, run, short_labels, table
+from llava_genhancer.evaluate.mmvp.measure import evaluate_tower, load_benchmark, pair_logits, run, short_labels, table
+from llava_genhancer.evaluate.mmvp.results import MmvpResult, compare, load_results
 from llava_genhancer.evaluate.towers import Tower, load_tower
 
 KINDS = ("clip_dir", "siglip_dir", "siglip2_dir")

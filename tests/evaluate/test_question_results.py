@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate import llava_report, questions
+from llava_genhancer.evaluate import questions
 from llava_genhancer.evaluate.question_results import (
     BLIND,
     Answer,
@@ -18,7 +18,8 @@ from llava_genhancer.evaluate.question_results import (
     load_results,
     save_results,
 )
-from llava_genhancer.evaluate.report import write_report
+from llava_genhancer.evaluate.report import llava_section
+from llava_genhancer.evaluate.report.write import write_report
 from llava_genhancer.evaluate.statistics import mcnemar_exact, wilson_interval
 from llava_genhancer.toyworld.writers import write_questions
 
@@ -129,7 +130,7 @@ def test_results_survive_their_file_and_a_broken_file_is_named(tmp_path):
 
 
 def test_the_report_shows_each_detail_of_each_model(tmp_path):
-    path = tmp_path / llava_report.QUESTIONS
+    path = tmp_path / llava_section.QUESTIONS
     save_results(path, [ORIGINAL, ENHANCED, BLINDED], {"path": "set", "sha256": "0123456789abcdef0"})
     for folder in ("llava-pretrain", "llava-finetune", "baseline/llava-finetune"):
         (tmp_path / folder).mkdir(parents=True)

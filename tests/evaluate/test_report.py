@@ -15,12 +15,12 @@ from PIL import Image
 from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate import figures
 from llava_genhancer.evaluate.markdown import block, code, table, text
-from llava_genhancer.evaluate.mmvp_data import Benchmark
-from llava_genhancer.evaluate.mmvp_results import MmvpResult, PairResult, save_results
+from llava_genhancer.evaluate.mmvp.data import Benchmark
+from llava_genhancer.evaluate.mmvp.results import MmvpResult, PairResult, save_results
 from llava_genhancer.evaluate.paper import PATTERNS
 from llava_genhancer.evaluate.question_results import Answer, QuestionResult
 from llava_genhancer.evaluate.question_results import save_results as save_answers
-from llava_genhancer.evaluate.report import FIGURES, write_report
+from llava_genhancer.evaluate.report.write import FIGURES, write_report
 from llava_genhancer.recipes import get_recipe, to_dict
 
 DETAILS = ["facing", "count", "eyes"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_genhancer.evaluate.respondent import Ask, Respondent, pack
+from llava_genhancer.evaluate.mllm.respondent import Ask, Respondent, pack
 from llava_genhancer.llava.chat import load_llava
 from llava_genhancer.llava.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, Turn, encode
 from llava_genhancer.llava.model import Llava, load_llm, load_tower

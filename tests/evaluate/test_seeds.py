@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate.llava_report import QUESTIONS
-from llava_genhancer.evaluate.mmvp_data import Benchmark
-from llava_genhancer.evaluate.mmvp_results import MmvpResult, PairResult, save_results
+from llava_genhancer.evaluate.mmvp.data import Benchmark
+from llava_genhancer.evaluate.mmvp.results import MmvpResult, PairResult, save_results
 from llava_genhancer.evaluate.question_results import Answer, QuestionResult
 from llava_genhancer.evaluate.question_results import save_results as save_answers
-from llava_genhancer.evaluate.report import write_report
-from llava_genhancer.evaluate.seeds import spread, write_seeds_report
+from llava_genhancer.evaluate.report.llava_section import QUESTIONS
+from llava_genhancer.evaluate.report.seeds import spread, write_seeds_report
+from llava_genhancer.evaluate.report.write import write_report
 
 
 def result(rng: random.Random, chance: float, **facts) -> MmvpResult:

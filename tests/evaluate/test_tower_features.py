@@ -6,7 +6,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate.local_scores import with_locals
+from llava_genhancer.evaluate.mmvp.local_scores import with_locals
 from llava_genhancer.evaluate.towers import load_tower
 
 TEXTS = ["a photo of the red dog", "two blue cats", "left"]

@@ -15,11 +15,10 @@ from PIL import Image
 
 from llava_genhancer.cli import main
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate import zero_shot
-from llava_genhancer.evaluate.table3 import COLUMNS, TABLE3, beside_table3, published
 from llava_genhancer.evaluate.towers import Tower, load_tower
-from llava_genhancer.evaluate.zero_shot_data import Classification, Retrieval, load_sets, set_name, templates_of
-from llava_genhancer.evaluate.zero_shot_results import (
+from llava_genhancer.evaluate.zero_shot import measure as zero_shot
+from llava_genhancer.evaluate.zero_shot.data import Classification, Retrieval, load_sets, set_name, templates_of
+from llava_genhancer.evaluate.zero_shot.results import (
     IMAGE_RECALL,
     TEXT_RECALL,
     TOP1,
@@ -29,6 +28,7 @@ from llava_genhancer.evaluate.zero_shot_results import (
     change,
     load_results,
 )
+from llava_genhancer.evaluate.zero_shot.table3 import COLUMNS, TABLE3, beside_table3, published
 
 CLASSES = ("cat", "big dog", "red one", "blue")
 WORDS = ("a red dog", "the blue cat", "two closed", "left right", "small big", "open one")

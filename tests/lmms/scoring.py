@@ -10,7 +10,7 @@ from typing import Any
 import hub
 from datasets import Dataset
 
-from llava_genhancer.evaluate.benchmarks import hallusionbench
+from llava_genhancer.evaluate.mllm.benchmarks import hallusionbench
 from llava_genhancer.resources import resource_dir
 
 HALLUSION = hallusionbench.with_group_sizes(Dataset.from_list(hub.HALLUSION)).to_list()

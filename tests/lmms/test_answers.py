@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_genhancer.evaluate.answers import choice, yes_or_no
+from llava_genhancer.evaluate.mllm.answers import choice, yes_or_no
 
 ONE_TWO = ("one", "two")
 SAY_B = (

@@ -19,10 +19,10 @@ from lmms_eval.api.instance import Instance
 from PIL import Image
 from scoring import TASKS
 
-from llava_genhancer.evaluate.lmms_model import LlavaGenhancer, decoding, trained_with
-from llava_genhancer.evaluate.lmms_start import RUN_VARIABLE, refusing
-from llava_genhancer.evaluate.options import options_of
-from llava_genhancer.evaluate.respondent import Ask
+from llava_genhancer.evaluate.mllm.model import LlavaGenhancer, decoding, trained_with
+from llava_genhancer.evaluate.mllm.options import options_of
+from llava_genhancer.evaluate.mllm.respondent import Ask
+from llava_genhancer.evaluate.mllm.start import RUN_VARIABLE, refusing
 from llava_genhancer.llava.chat import answer, load_llava
 from llava_genhancer.llava.conversation import TEMPLATES, chat_template
 from llava_genhancer.run import read_json

@@ -10,7 +10,7 @@ import pytest
 from scoring import HALLUSION, TASKS, replies, score
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate.benchmarks.items import mean
+from llava_genhancer.evaluate.mllm.benchmarks.items import mean
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -16,12 +16,12 @@ import pytest
 from scoring import TASKS, replies, score
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate.gallery import differing
-from llava_genhancer.evaluate.mllm_report import Evaluation, evaluation
-from llava_genhancer.evaluate.mllm_results import compare, read_models
-from llava_genhancer.evaluate.report import write_report
+from llava_genhancer.evaluate.mllm.results import compare, read_models
+from llava_genhancer.evaluate.mllm.table2 import COLUMNS, published
+from llava_genhancer.evaluate.report.gallery import differing
+from llava_genhancer.evaluate.report.mllm_section import Evaluation, evaluation
+from llava_genhancer.evaluate.report.write import write_report
 from llava_genhancer.evaluate.statistics import mcnemar_exact
-from llava_genhancer.evaluate.table2 import COLUMNS, published
 
 Lmms = Callable[..., dict[str, Any]]
 SEEDS = {"original": 1, "enhanced": 2}

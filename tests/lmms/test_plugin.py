@@ -18,9 +18,9 @@ from scoring import TASKS, score, values
 from scoring import replies as random_replies
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate import lmms_plugin
-from llava_genhancer.evaluate.lmms_start import RUN_VARIABLE, checkpoint_folder
-from llava_genhancer.evaluate.options import OPTIONS
+from llava_genhancer.evaluate.mllm import plugin as lmms_plugin
+from llava_genhancer.evaluate.mllm.options import OPTIONS
+from llava_genhancer.evaluate.mllm.start import RUN_VARIABLE, checkpoint_folder
 from llava_genhancer.resources import resource_dir
 
 Lmms = Callable[..., dict[str, Any]]
@@ -240,7 +240,7 @@ def test_nothing_heavy_for_those_who_do_not_evaluate(tmp_path: Path) -> None:
     )
     done = python("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == "llava_genhancer.evaluate.lmms_plugin"
+    assert done.stdout.split()[-1] == "llava_genhancer.evaluate.mllm.plugin"
 
 
 @pytest.mark.launch

@@ -14,7 +14,7 @@ import scripted
 import yaml
 from scoring import TASKS, config_of, score, values
 
-from llava_genhancer.evaluate.options import OPTIONS, options_of
+from llava_genhancer.evaluate.mllm.options import OPTIONS, options_of
 from llava_genhancer.resources import resource_dir
 
 Lmms = Callable[..., dict[str, Any]]

@@ -15,7 +15,7 @@ import hub
 import pytest
 from scoring import HALLUSION, TASKS, config_of, score, values
 
-from llava_genhancer.evaluate.lmms_plugin import TAKEN_OVER
+from llava_genhancer.evaluate.mllm.plugin import TAKEN_OVER
 
 Lmms = Callable[..., dict[str, Any]]
 

@@ -9,7 +9,7 @@ import pytest
 
 datasets = pytest.importorskip("datasets")
 
-from llava_genhancer.evaluate.benchmarks import cvbench, hallusionbench, mmvp, naturalbench, pope, scienceqa  # noqa: E402
+from llava_genhancer.evaluate.mllm.benchmarks import cvbench, hallusionbench, mmvp, naturalbench, pope, scienceqa  # noqa: E402
 from llava_genhancer.toyworld.benchmarks import write_benchmarks  # noqa: E402
 
 # Name, configuration, split and columns, as on the hub.

@@ -1,0 +1,309 @@
+"""The report's part about lmms-eval: Table 2 with a user's rows, what changed against a baseline, where it is from."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llava_genhancer.errors import InputError
+from llava_genhancer.evaluate import figures
+from llava_genhancer.evaluate.markdown import block, code, table, text
+from llava_genhancer.evaluate.mllm.protocol import warnings
+from llava_genhancer.evaluate.mllm.results import FOLDER, RESULTS, Change, Measured, Model, compare, read_models
+from llava_genhancer.evaluate.mllm.table2 import COLUMNS, LLMS, published
+from llava_genhancer.evaluate.paper import METHODS
+from llava_genhancer.evaluate.words import p_value
+from llava_genhancer.run import write_text
+
+FIGURES = ("table2.png", "table2_changes.png")
+CSV = "tables/table2.csv"
+METHOD_NAMES = {"original": "original", "diva": "DIVA", "genhancer": "GenHancer"}
+CSV_HEADER = (
+    "source", "model", "column", "percent", "low", "high", "n", "unit", "answers", "unparsed", "against", "change",
+    "change_low", "change_high", "p", "test", "task", "task_version", "data", "data_revision", "lmms_eval", "samples",
+)  # fmt: skip
+
+
+@dataclass
+class Evaluation:
+    """The models of all runs, one of them the baseline, and the changes of the others by label and column."""
+
+    models: list[Model]
+    baseline: Model | None
+    changes: dict[str, dict[str, Change]] = field(default_factory=dict)
+
+    @property
+    def others(self) -> list[Model]:
+        return [m for m in self.models if m is not self.baseline]
+
+
+def has_results(folder: Path) -> bool:
+    """Whether lmms-eval wrote into this folder, or into the folder of a model below it."""
+    return any(folder.glob(f"*{RESULTS}")) or any(folder.glob(f"*/*{RESULTS}"))
+
+
+def evaluation(run_dirs: Sequence[Path], baseline: Path | None = None) -> Evaluation | None:
+    """What lmms-eval measured in runs, or in folders of its own output; None if that is nothing.
+
+    Args:
+        baseline: the run whose model the others are compared with; without it the first run's "original".
+
+    Raises:
+        InputError: the baseline has no results, or a results file is malformed.
+    """
+    listed = list(run_dirs)
+    if baseline is not None and baseline.resolve() not in [r.resolve() for r in listed]:
+        listed.append(baseline)
+    of_run = {run: _models(run) for run in listed}
+    if baseline is not None:
+        chosen = next(of_run[r] for r in listed if r.resolve() == baseline.resolve())
+        if not chosen:
+            raise InputError(f"--baseline {baseline} holds no results of lmms-eval, neither there nor in {FOLDER}")
+        # A run's own model is the one with the tower that it enhanced.
+        base = next((m for m in chosen if m.label == "enhanced"), chosen[-1])
+    else:
+        base = next((m for m in of_run[listed[0]] if m.label == "original"), None)  # type: ignore[assignment]
+    models = [m for own in of_run.values() for m in own]
+    if not models:
+        return None
+    if len(listed) > 1:
+        names = [run.resolve().name for run in listed]
+        for run, own in of_run.items():
+            name = run.resolve().name
+            for model in own:
+                model.label = f"{name if names.count(name) == 1 else run}: {model.label}"
+    found = Evaluation(models, base)
+    for model in found.others if base is not None else ():
+        pairs = ((name, base.columns.get(name), measured) for name, measured in model.columns.items())
+        compared = {name: compare(first, measured) for name, first, measured in pairs if first is not None}
+        found.changes[model.label] = {name: change for name, change in compared.items() if change is not None}
+    return found
+
+
+def _models(run: Path) -> list[Model]:
+    folder = run / FOLDER
+    return read_models(folder if folder.is_dir() else run) if folder.is_dir() or has_results(run) else []
+
+
+def section(found: Evaluation, run_dir: Path) -> str:
+    """Markdown; draws the pictures and writes the CSV on the way."""
+    _draw(found, run_dir / "figures")
+    write_text(run_dir / CSV, _csv(found, run_dir))
+    parts = [
+        "## LLaVA on the paper's benchmarks",
+        f"![Table 2's columns with 95 % intervals](figures/{FIGURES[0]})",
+        _table2(found, run_dir),
+        f"Percent; brackets are 95 % bootstrap intervals over the benchmark's own units. A number links to the samples "
+        f"that it was counted from; all of them are in [{CSV}]({CSV}). The published rows are Table 2 of arXiv "
+        "2503.19480; what was not measured stays blank.",
+    ]
+    if found.baseline is not None and any(found.changes.values()):
+        parts += [
+            f"### Against {text(found.baseline.label)}",
+            f"![Changes with 95 % intervals](figures/{FIGURES[1]})",
+            _changes(found),
+            "In points, on the same questions, with the paired bootstrap's 95 % interval. p is McNemar's exact test "
+            "where a unit is right or wrong, else the permutation test that exchanges both models' answers unit by "
+            "unit. No p is corrected for there being several: of 20 true zeros one is below 0.05.",
+        ]
+    said = [f"* {text(line)}" for line in warnings(found.models, found.baseline)]
+    if said:
+        parts += ["### Where this differs from the paper's protocol", "\n".join(said)]
+    return "\n\n".join([*parts, _sources(found, run_dir)])
+
+
+def headlines(found: Evaluation) -> list[str]:
+    """The summary's lines, one per compared model."""
+    lines = []
+    for label, changes in found.changes.items():
+        if found.baseline is None or not changes:
+            continue
+        clear = [c for c in changes.values() if c.p < 0.05]
+        better, worse = sum(c.difference > 0 for c in clear), sum(c.difference < 0 for c in clear)
+        lines.append(
+            f"Table 2, {text(label)} against {text(found.baseline.label)}: of {len(changes)} columns {better} higher "
+            f"and {worse} lower than chance explains (p < 0.05), for this seed."
+        )
+    return lines
+
+
+def facts(found: Evaluation, run_dir: Path) -> dict[str, Any]:
+    """For the JSON."""
+    return {
+        "published": {llm: {method: published(llm, method) for method in METHODS} for llm in LLMS},
+        "baseline": found.baseline.label if found.baseline else None,
+        "models": [
+            {
+                "label": model.label,
+                "columns": {name: _column(m, run_dir) for name, m in model.columns.items()},
+                "changes": {
+                    name: {"points": c.difference, "interval": list(c.interval), "p": c.p, "test": c.test}
+                    for name, c in found.changes.get(model.label, {}).items()
+                },
+                "metrics": {
+                    name: {k.removesuffix(",none"): v for k, v in task.metrics.items() if _is_metric(k, v)}
+                    for name, task in model.tasks.items()
+                },
+            }
+            for model in found.models
+        ],
+        "warnings": warnings(found.models, found.baseline),
+    }
+
+
+def _is_metric(name: str, value: Any) -> bool:
+    return name.endswith(",none") and "_stderr" not in name and isinstance(value, int | float)
+
+
+def _column(m: Measured, run_dir: Path) -> dict[str, Any]:
+    return {
+        "percent": m.percent,
+        "interval": list(m.interval) if m.interval else None,
+        "n": m.n,
+        "unit": m.column.unit,
+        "answers": m.answers,
+        "unparsed": m.unparsed,
+        "task": m.task.name,
+        "task_version": m.task.version,
+        "samples": _relative(m.task.samples, run_dir),
+        "data": m.task.data,
+        "data_revision": m.task.revision,
+        "lmms_eval": m.task.lmms_eval,
+        "prompt": m.task.prompt,
+        "command": m.task.command,
+    }
+
+
+def _relative(path: Path, run_dir: Path) -> str:
+    return Path(os.path.relpath(path.resolve(), run_dir.resolve())).as_posix()
+
+
+def _link(words: str, path: Path, run_dir: Path) -> str:
+    return f"[{words}]({urllib.parse.quote(_relative(path, run_dir))})"
+
+
+def _table2(found: Evaluation, run_dir: Path) -> str:
+    rows = []
+    for column in COLUMNS:
+        own = [_cell(model.columns.get(column.name), run_dir) for model in found.models]
+        printed = [f"{published(llm, method)[column.name]:.1f}" for llm in LLMS for method in METHODS]
+        rows.append([column.title, *own, *printed])
+    labels = [f"**{text(model.label)}**" for model in found.models]
+    return table(["column", *labels, *(f"{llm} {METHOD_NAMES[m]}" for llm in LLMS for m in METHODS)], rows)
+
+
+def _cell(m: Measured | None, run_dir: Path) -> str:
+    if m is None or m.percent is None:
+        return ""
+    low_high = f" [{m.interval[0]:.1f}, {m.interval[1]:.1f}]" if m.interval else ""
+    return _link(f"{m.percent:.1f}", m.task.samples, run_dir) + low_high
+
+
+def _changes(found: Evaluation) -> str:
+    assert found.baseline is not None
+    header = ["column", "n"]
+    header += [text(label) for label in found.changes] + [f"paper, {llm}" for llm in LLMS]
+    rows = []
+    for column in COLUMNS:
+        first = found.baseline.columns.get(column.name)
+        cells = []
+        for changes in found.changes.values():
+            c = changes.get(column.name)
+            cells.append("" if c is None else f"{said(c)} (p {p_value(c.p).removeprefix('= ')})")
+        gains = [published(llm, "genhancer")[column.name] - published(llm, "original")[column.name] for llm in LLMS]
+        many = f"{first.n} {column.unit}s".replace("set of figuress", "sets of figures") if first else ""
+        rows.append([column.title, many, *cells, *(f"{gain:+.1f}" for gain in gains)])
+    return table(header, rows)
+
+
+def said(c: Change) -> str:
+    """``+6.0 [+1.3, +10.7]``."""
+    return f"{c.difference:+.1f} [{c.interval[0]:+.1f}, {c.interval[1]:+.1f}]"
+
+
+def _sources(found: Evaluation, run_dir: Path) -> str:
+    rows: list[list[str]] = []
+    commands: dict[str, None] = {}
+    prompts: dict[str, str] = {}
+    for model in found.models:
+        for task in model.tasks.values():
+            rows.append(
+                [
+                    text(model.label),
+                    _link(task.name, task.samples, run_dir),
+                    text(task.version),
+                    code(task.data),
+                    code(task.revision[:16]) if task.revision else "not recorded",
+                    text(task.lmms_eval or "not recorded"),
+                ]
+            )
+            commands[task.command] = None
+            prompts[task.name] = task.prompt
+    header = ["model", "task and its samples", "version", "data set", "revision", "lmms-eval"]
+    shown = "\n\n".join(f"{code(name)}\n\n{block(prompt.splitlines(), 'text')}" for name, prompt in prompts.items())
+    return "\n\n".join(
+        [
+            "### Where the numbers are from",
+            table(header, rows),
+            block(list(commands)),
+            f"<details><summary>the first prompt of each task ({len(prompts)})</summary>",
+            shown,
+            "</details>",
+        ]
+    )
+
+
+def _csv(found: Evaluation, run_dir: Path) -> str:
+    """One line per model and column, the published rows first; what is not known is empty."""
+    rows: list[Mapping[str, Any]] = [
+        {"source": "arXiv 2503.19480", "model": f"{llm} {METHOD_NAMES[method]}", "column": name, "percent": value}
+        for llm in LLMS
+        for method in METHODS
+        for name, value in published(llm, method).items()
+    ]
+    for model in found.models:
+        for name, m in model.columns.items():
+            row = {"source": "run", "model": model.label, "column": name, **_column(m, run_dir)}
+            row["low"], row["high"] = m.interval or (None, None)
+            if found.baseline and (c := found.changes.get(model.label, {}).get(name)):
+                low, high = c.interval
+                row |= {"against": found.baseline.label, "change": c.difference, "change_low": low}
+                row |= {"change_high": high, "p": c.p, "test": c.test}
+            rows.append(row)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, CSV_HEADER, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    return out.getvalue()
+
+
+def _draw(found: Evaluation, folder: Path) -> None:
+    titles = {c.name: c.title for c in COLUMNS}
+    points: dict[str, dict[str, dict[str, Any]]] = {}
+    for llm in LLMS[:1]:
+        for method in ("original", "genhancer"):
+            values = published(llm, method)  # type: ignore[arg-type]
+            points[f"{llm}, {METHOD_NAMES[method]} (paper)"] = {
+                titles[name]: {"accuracy": v / 100, "interval": (v / 100, v / 100)} for name, v in values.items()
+            }
+    for model in found.models:
+        points[model.label] = {
+            titles[name]: {"accuracy": m.percent / 100, "interval": [x / 100 for x in m.interval]}
+            for name, m in model.columns.items()
+            if m.percent is not None and m.interval is not None
+        }
+    figures.probes_figure(list(titles.values()), points, folder / FIGURES[0], "percent, with 95 % intervals")
+    if any(found.changes.values()):
+        changes = {
+            label: {titles[name]: (c.difference, *c.interval) for name, c in own.items()}
+            for label, own in found.changes.items()
+        }
+        assert found.baseline is not None
+        measure = f"points against {found.baseline.label}"
+        figures.changes_figure(list(titles.values()), changes, folder / FIGURES[1], measure)
