@@ -36,7 +36,7 @@ def data(recipe: Recipe) -> tuple[Finding, int | None]:
 
 def _count(source: Any) -> int | None:
     try:
-        from llava_genhancer.enhance.cache import count_images
+        from llava_genhancer.data.records import count_images
 
         return count_images(source)
     except ImportError:  # the lines on versions say what is missing

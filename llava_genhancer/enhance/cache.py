@@ -1,12 +1,10 @@
 """Frozen work done once: what the target tokenizer, and a backbone that stays frozen, say of K crops of each image.
 
-    CACHE/targets-HASH/facts.json  what the hash is made of: data, crops, weights, arithmetic
-    CACHE/targets-HASH/00012.bin   records of unit 12 in reading order, the K crops of an image side by side
-    CACHE/targets-HASH/00012.json  written last: the unit counts from then on
+    CACHE/targets-HASH/...  the hash of data, crops, weights, arithmetic
     CACHE/tokens-HASH/...
 
-A unit is a tar shard, or ``CHUNK`` items of a source that is read by number. Runs that agree in what a hash is made of
-share its folder: six backbones at one image size need the targets once. A training on a cache reads the same samples
+Files are those of data/records.py. Runs that agree in what a hash is made of share its folder: six backbones at one
+image size need the targets once. A training on a cache reads the same samples
 in the same order as one without; only its crops come from a fixed set of K instead of afresh in each epoch, and the
 posterior's noise, t and the flow's noise are drawn anew in each step all the same.
 
@@ -17,94 +15,18 @@ Legend: B batch, K crops of an image.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llava_genhancer import run
-from llava_genhancer.data.decode import BadImage
 from llava_genhancer.data.images import IndexedSource, RawSample, ShardSource, Source
 from llava_genhancer.data.loader import sample_seed
+from llava_genhancer.data.records import CHUNK, Layer
 from llava_genhancer.data.views import TrainView
-from llava_genhancer.errors import InputError
-
-CHUNK = 1024  # items of an indexed source in one unit
-BAD = 0xFF  # every byte of a record whose image cannot be used: NaN, or the id -1
-
-
-def count_images(source: Source) -> int:
-    """Images of a source; of tar shards an estimate from the first one and the sizes of all."""
-    if not isinstance(source, ShardSource):
-        return len(source)
-    sizes = [os.path.getsize(path) for path in source.shards]
-    return round(sum(1 for _ in source.read(0)) * sum(sizes) / sizes[0])
-
-
-# --- records --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Records of one kind, one per sample and crop, in a file per unit.
-
-    Attributes:
-        folder: where; its name ends in the hash of what the records depend on.
-        shape: of one crop's record.
-        dtype: of its numbers on disk.
-        crops: K.
-    """
-
-    folder: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    crops: int
-
-    @property
-    def record_bytes(self) -> int:
-        """Bytes of one crop's record."""
-        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
-
-    def file(self, unit: int, suffix: str) -> Path:
-        """``.bin``: the records; ``.json``: keys and bad samples."""
-        return self.folder / f"{unit:05}{suffix}"
-
-    def whole(self, unit: int) -> bool:
-        """Whether a unit's records are all there."""
-        try:
-            samples = len(run.read_json(self.file(unit, ".json"))["keys"])
-            return self.file(unit, ".bin").stat().st_size == samples * self.crops * self.record_bytes
-        except (InputError, OSError, KeyError, TypeError):
-            return False
-
-    def read(self, unit: int, position: int, crop: int) -> Tensor:
-        """The bytes of a record, uint8 (record_bytes,).
-
-        Raises:
-            BadImage: the sample could not be used when the cache was written.
-        """
-        with open(self.file(unit, ".bin"), "rb") as file:
-            file.seek((position * self.crops + crop) * self.record_bytes)
-            data = bytearray(file.read(self.record_bytes))
-        if data.count(BAD) == len(data):
-            raise BadImage(run.read_json(self.file(unit, ".json"))["bad"].get(str(position), "damaged cache"))
-        return torch.frombuffer(data, dtype=torch.uint8)
-
-    def numbers(self, records: Tensor) -> Tensor:
-        """Records' bytes (B, record_bytes) as numbers (B, *shape): fp32, or long ids."""
-        numbers = records.contiguous().view(self.dtype).view(-1, *self.shape)
-        return numbers.float() if self.dtype.is_floating_point else numbers.long()
-
-    def bytes_of(self, numbers: Tensor) -> bytes:
-        """The inverse for (n, *shape)."""
-        return numbers.to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-# --- reading in training ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -163,6 +85,10 @@ class Crop:
     def __call__(self, image: Any, key: str, number: int) -> Tensor:
         """uint8 (3, H, W)."""
         return self.view(image, sample_seed(self.seed, "crop", number, key))
+
+    def all(self, image: Any, key: str) -> Tensor:
+        """uint8 (K, 3, H, W)."""
+        return torch.stack([self(image, key, number) for number in range(self.count)])
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,8 @@ from llava_genhancer import costs, machine, recipes, run
 from llava_genhancer.costs import frozen_backbone
 from llava_genhancer.data.images import open_source
 from llava_genhancer.data.loader import build_loader, sample_seed
+from llava_genhancer.data.records import Layer, count_images
 from llava_genhancer.data.views import TrainView
-from llava_genhancer.enhance import cache as cache_module
-from llava_genhancer.enhance.cache import count_images
 from llava_genhancer.enhance.cache_fill import open_cache
 from llava_genhancer.enhance.stages import build_stage
 from llava_genhancer.enhance.targets import load_target
@@ -242,7 +241,7 @@ def test_a_training_on_a_cache_resumes_exactly(
     short = {"stage1.max_steps": 4, "stage1.save_steps": 2, "stage2.max_steps": 2, "stage2.snapshot_steps": ""}
     recipe = recipe_of(cache_crops=2, cache_folder=str(tmp_path / "shared"), sample_images=0, **short)
     enhance(recipe, tmp_path / "whole")
-    read = cache_module.Layer.numbers
+    read = Layer.numbers
     calls = 0
 
     def fails(self: Any, records: Any) -> Any:
@@ -252,7 +251,7 @@ def test_a_training_on_a_cache_resumes_exactly(
             raise Crash
         return read(self, records)
 
-    monkeypatch.setattr(cache_module.Layer, "numbers", fails)
+    monkeypatch.setattr(Layer, "numbers", fails)
     with pytest.raises(Crash):
         enhance(recipe, tmp_path / "resumed")
     enhance(recipe, tmp_path / "resumed")
