@@ -17,7 +17,7 @@ CODE := llava_genhancer tests benchmarks setup.py
 # The environment's tools first on PATH: DeepSpeed looks for ninja there.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test test-slow test-compat check format bench bench-llava chaos fuzz lock clean
+.PHONY: help install demo test test-slow test-compat check format bench bench-llava chaos fuzz fuzz-guided lock clean
 
 help:
 	@sed -n 's/^##  *//p' $(MAKEFILE_LIST)
@@ -75,13 +75,18 @@ bench-llava: $(STAMP)
 fuzz: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py $(ARGS)
 
+##  make fuzz-guided  the same by coverage, a minute for each sort of file (ARGS="--seconds N"); adds atheris
+fuzz-guided: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz_guided.py $(ARGS)
+
 ##  make chaos        faults on purpose: kills, full disks, damage, NaN, two hosts (an hour at most; ARGS="--seed N")
 chaos: $(STAMP)
 	@$(BIN)/python benchmarks/chaos $(ARGS)
 
 ##  make lock         write constraints.txt anew: the newest versions that pyproject.toml allows
 lock:
-	@bash scripts/lock.sh '$(EXTRAS)'
+	@bash scripts/lock.sh '$(EXTRAS),fuzz'
 
 ##  make clean        remove what was built and measured, environments aside
 clean:

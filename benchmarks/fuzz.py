@@ -151,14 +151,30 @@ def fuzz(kind: Kind, folder: Path, *, cases: int, seed: int, guard: Guard) -> Ta
         attempt(kind, path, data, guard, tally)
 
     try:
-        _read_examples(kind, path)
+        read_examples(kind, path)
         tries()
     except Finding as finding:
         tally.finding = str(finding)
     return tally
 
 
-def _read_examples(kind: Kind, path: Path) -> None:
+def drawn(kind: Kind, number: int) -> list[bytes]:
+    """So many of a kind's cases, always the same ones."""
+    import hypothesis
+
+    cases: list[bytes] = []
+
+    @hypothesis.seed(0)
+    @hypothesis.settings(max_examples=number, database=None, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(kind.cases)
+    def keep(data: bytes) -> None:
+        cases.append(data)
+
+    keep()
+    return cases
+
+
+def read_examples(kind: Kind, path: Path) -> None:
     """Valid files must be read; and what readers import and keep on first use is not the cases' doing."""
     from llava_genhancer.errors import InputError
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
@@ -30,7 +29,7 @@ from llava_genhancer.data.loader import build_loader
 from llava_genhancer.data.views import TrainView
 from llava_genhancer.engine import load_trained, stage_result
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate.mmvp_data import CSV_NAME, IMAGES_NAME, PAIRS, load_benchmark
+from llava_genhancer.evaluate.mmvp.data import CSV_NAME, IMAGES_NAME, PAIRS, load_benchmark
 from llava_genhancer.llava.checkpoint import read_shards
 from llava_genhancer.llava.samples import read_samples
 from llava_genhancer.recipes import Recipe, from_dict, get_recipe, to_dict
@@ -43,6 +42,7 @@ NAMES = (
     "\x1b[2J.png", "$(touch x).png", "`id`.jpg", "-rf.png", "<script>alert(1)</script>.png", "a" * 300 + ".png",
     "fine.png",
 )  # fmt: skip
+UTF8_NAMES = tuple(name for name in NAMES if not any("\ud800" <= c <= "\udfff" for c in name))
 ODD = (
     None, True, False, 0, -1, 1, 2**31, 2**63, 10**400, -(10**400), 0.5, 1e308, float("nan"), float("inf"), "none",
     "nan", "1e400", "9" * 5000, "x" * 100_000, [], {}, [[]], [None], {"": {}}, [1, "a"], DEEP, DIGITS, *NAMES,
@@ -299,6 +299,8 @@ def _mmvp(folder: Path) -> Kind:
 
 def _safetensors() -> Kind:
     model = nn.ModuleDict({"vision_model": nn.Linear(3, 2), "text_model": nn.Linear(2, 2)})
+    for number, parameter in enumerate(model.parameters()):
+        nn.init.constant_(parameter, number)  # a seed repeats its cases
     whole = save(model.state_dict())
     length = struct.unpack("<Q", whole[:8])[0]
     header, body = json.loads(whole[8 : 8 + length]), whole[8 + length :]
@@ -307,9 +309,30 @@ def _safetensors() -> Kind:
         text = as_json(value)
         return struct.pack("<Q", len(text) if length is None else length) + text + body
 
+    @st.composite
+    def usable(draw: st.DrawFn) -> bytes:
+        """Other numbers, another order, other words beside them: what every reader must take, and take rightly."""
+        entries: dict[str, Any] = {"__metadata__": draw(st.dictionaries(st.sampled_from(UTF8_NAMES), st.text()))}
+        content = b""
+        for name in draw(st.permutations(sorted(header))):
+            size = len(content) + header[name]["data_offsets"][1] - header[name]["data_offsets"][0]
+            entries[name] = {**header[name], "data_offsets": [len(content), size]}
+            content += draw(st.binary(min_size=size - len(content), max_size=size - len(content)))
+        text = json.dumps(entries).encode() + b" " * draw(st.integers(0, 8))
+        return struct.pack("<Q", len(text)) + text + content
+
     lengths = st.sampled_from((None, None, None, 0, 1, 2**31, 2**63, 2**64 - 1))
-    valid = st.builds(packed, edited({**header, "__metadata__": {"format": "pt"}}), lengths)
+    broken = st.builds(packed, edited({**header, "__metadata__": {"format": "pt"}}), lengths)
     words = (b"F64", b"BF16", b"F4", b"18446744073709551615", b'"shape":[0]', b'"__metadata__"')
+
+    def check_numbers(data: bytes) -> None:
+        """By a second reader: the file's own header, and its bytes where that says."""
+        length = struct.unpack("<Q", data[:8])[0]
+        entries, content = json.loads(data[8 : 8 + length]), data[8 + length :]
+        for name, parameter in model.named_parameters():
+            start, end = entries[name]["data_offsets"]
+            if parameter.detach().numpy().tobytes() != content[start:end]:
+                raise AssertionError(f"{name} was loaded with other numbers than the file's")
 
     def read(path: Path) -> None:
         refusals = []
@@ -327,9 +350,10 @@ def _safetensors() -> Kind:
                 refusals.append(error)
         if refusals:
             raise refusals[0]
+        check_numbers(path.read_bytes())
 
-    torch.manual_seed(0)
-    return Kind("safetensors", "weights/case.safetensors", st.one_of(valid, mutated(valid, words)), read, [whole])
+    cases = st.one_of(usable(), mutated(usable(), words), broken, mutated(broken, words))
+    return Kind("safetensors", "weights/case.safetensors", cases, read, [whole])
 
 
 def _markers(folder: Path) -> Kind:

@@ -17,6 +17,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 256_000_000
 MAX_SCANS = 50  # of a progressive JPEG, which has about ten; each costs a pass over all pixels, even an empty one
+MAX_PASSES = 1_000_000_000  # scans times pixels: fifteen scans of the largest picture, fifty of twenty megapixels
 MIN_SIDE = 8
 _GREY = (np.arange(1 << 16) / 257).round().astype(np.uint8)  # of 16 bits, in 8
 _MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
@@ -34,7 +35,8 @@ def decode(data: bytes | str | os.PathLike) -> Image.Image:
     bits (PIL alone would clip it to white), CMYK is converted.
 
     Raises:
-        BadImage: not an image, damaged, smaller than 8 pixels, or larger than 64 megapixels or 256 MB.
+        BadImage: not an image, damaged, smaller than 8 pixels, larger than 64 megapixels or 256 MB, or a JPEG of more
+            scans than a picture of its size has.
     """
     try:
         content = data if isinstance(data, bytes) else _read(data)
@@ -46,7 +48,7 @@ def decode(data: bytes | str | os.PathLike) -> Image.Image:
                     raise BadImage("larger than 64 megapixels")
                 if min(width, height) < MIN_SIDE:
                     raise BadImage("smaller than 8 pixels")
-                if image.format in ("JPEG", "MPO") and _scans(content) > MAX_SCANS:
+                if image.format in ("JPEG", "MPO") and _scans(content) > min(MAX_SCANS, MAX_PASSES / (width * height)):
                     raise BadImage("too many scans")
                 image.load()
                 return _to_rgb(ImageOps.exif_transpose(image))

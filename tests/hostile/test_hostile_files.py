@@ -13,12 +13,12 @@ from fuzz_cases import picture, tar_header, tar_member
 from PIL import Image
 
 from llava_genhancer import run
-from llava_genhancer.data.decode import BadImage, decode
+from llava_genhancer.data.decode import MAX_PASSES, MAX_PIXELS, BadImage, decode
 from llava_genhancer.data.images import ShardSource, fingerprint, open_source
 from llava_genhancer.data.loader import build_loader
 from llava_genhancer.data.views import TrainView
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate.mmvp_data import CSV_NAME, IMAGES_NAME, load_benchmark
+from llava_genhancer.evaluate.mmvp.data import CSV_NAME, IMAGES_NAME, load_benchmark
 from llava_genhancer.llava.samples import read_samples
 
 END = bytes(1024)
@@ -42,6 +42,20 @@ def test_a_jpeg_of_a_thousand_scans_is_not_decoded() -> None:
     assert decode(data[:-2] + 10 * last + data[-2:]).size == (64, 64)
     with pytest.raises(BadImage, match="too many scans"):
         decode(data[:-2] + 1000 * last + data[-2:])
+
+
+def test_a_large_jpeg_may_have_fewer_scans_than_a_small_one() -> None:
+    """Each passes over all pixels: 46 of them over 64 megapixels are a second and more."""
+    data = picture("JPEG", "L", (64, 64), progressive=True)
+    size = data.index(b"\xff\xc2") + 5  # of the frame header, whose height comes first
+    last = data[data.rfind(b"\xff\xda") : -2]
+    crowded = data[:-2] + 40 * last + data[-2:]
+    assert decode(crowded).size == (64, 64)
+    started = time.process_time()
+    with pytest.raises(BadImage, match="too many scans"):
+        decode(crowded[:size] + struct.pack(">HH", 8000, 8000) + crowded[size + 4 :])
+    assert time.process_time() - started < 0.1, "it was decoded first"
+    assert MAX_PASSES >= 12 * MAX_PIXELS, "what an ordinary progressive JPEG needs"
 
 
 def test_scans_are_counted_in_the_picture_alone() -> None:
