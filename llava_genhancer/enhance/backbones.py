@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -71,8 +72,7 @@ class VisionBackbone(nn.Module):
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 images (B, 3, H, W) as this backbone's ``pixel_values``, fp32 (B, 3, H, W)."""
-        mean = torch.tensor(self.image_mean, device=images.device).view(3, 1, 1)
-        std = torch.tensor(self.image_std, device=images.device).view(3, 1, 1)
+        mean, std = per_channel(self.image_mean, images.device), per_channel(self.image_std, images.device)
         return images.float().div_(255).sub_(mean).div_(std)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -105,6 +105,13 @@ class VisionBackbone(nn.Module):
             shapes = torch.tensor([[h // p, w // p]] * b, device=patches.device)
             return self.vision_model(patches, pixel_attention_mask=mask, spatial_shapes=shapes)
         return self.vision_model(pixel_values, interpolate_pos_encoding=self.resized)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers of a channel each (3, 1, 1), made once: from Python to a GPU they make the host wait for the device."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def locate(name: str) -> str:

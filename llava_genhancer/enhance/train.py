@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from llava_genhancer.enhance.cache import Cache
 from llava_genhancer.enhance.cache_fill import open_cache
 from llava_genhancer.enhance.enhancer import Enhancer
 from llava_genhancer.enhance.export import export_tower
+from llava_genhancer.enhance.inputs import CachedInputs, FreshInputs
 from llava_genhancer.enhance.pretrained import check_denoiser
 from llava_genhancer.enhance.size import check_size
 from llava_genhancer.enhance.stages import WEIGHTS, build_stage, stage_recipe
@@ -178,26 +179,18 @@ class EnhanceTrainer(ExactTrainer):
         **kwargs: Any,
     ):
         super().__init__(enhancer, args, loader, **kwargs)
-        self.enhancer, self.target, self.cache = enhancer, target, cache
-        self.target_size, self.second_view = target_size or enhancer.backbone.image_size, second_view
-
-    def see(self, images: Tensor) -> Tensor:
-        """uint8 images of any side as the backbone's ``pixel_values``."""
-        backbone = self.enhancer.backbone
-        return backbone.normalise(shrink(images, backbone.image_size))
+        eye = enhancer.backbone
+        self.enhancer, self.target, self.second_view = enhancer, target, second_view
+        self.fresh = FreshInputs(eye, target, target_size or eye.image_size)
+        self.inputs: Callable[[Any], tuple[Tensor, Tensor]] = (
+            self.fresh if cache is None else CachedInputs(eye, target, cache)
+        )
 
     def batch_loss(self, model: Any, inputs: dict[str, Any], num_items: Any) -> Tensor:
         """The loss of a batch; ``draws`` in it replace the denoiser's random ones (tests)."""
         images: Any = inputs["images"]
-        view = None if self.second_view is None else self.see(self.second_view(images))
-        if self.cache is None:
-            target, seen = self.target.encode(shrink(images, self.target_size)), self.see(images)
-        else:
-            target = self.target.draw(self.cache.numbers(images, "targets"))
-            frozen = "tokens" in images
-            seen = (
-                self.cache.numbers(images, "tokens") if frozen else self.enhancer.backbone.normalise(images["images"])
-            )
+        view = None if self.second_view is None else self.fresh.see(self.second_view(images))
+        seen, target = self.inputs(images)
         loss: Tensor = model(seen, target, view, inputs.get("draws"))
         return loss
 
@@ -210,7 +203,7 @@ class _Pictures(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.rank == 0:
-            originals = shrink(self.images, self.trainer.target_size)
+            originals = shrink(self.images, self.trainer.fresh.target_size)
             _write_strip(self.trainer.stage_dir / "samples" / "originals.png", originals)
         if state.global_step == 0:
             self.draw(0)
@@ -224,7 +217,7 @@ class _Pictures(TrainerCallback):
         images = self.images.to(trainer.args.device)
         # Every rank takes part: under ZeRO-3 no rank has the weights alone.
         with trainer.compute_loss_context_manager():
-            latents = trainer.enhancer.rebuild(trainer.see(images), torch.Generator().manual_seed(0))
+            latents = trainer.enhancer.rebuild(trainer.fresh.see(images), torch.Generator().manual_seed(0))
         if trainer.rank == 0:
             _write_strip(trainer.stage_dir / "samples" / f"step-{step:06d}.png", trainer.target.decode(latents).cpu())
 
