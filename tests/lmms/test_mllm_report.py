@@ -16,10 +16,10 @@ import pytest
 from scoring import TASKS, replies, score
 
 from llava_genhancer.errors import InputError
+from llava_genhancer.evaluate.mllm.evaluation import Evaluation, evaluation
 from llava_genhancer.evaluate.mllm.results import compare, read_models
 from llava_genhancer.evaluate.mllm.table2 import COLUMNS, published
 from llava_genhancer.evaluate.report.gallery import differing
-from llava_genhancer.evaluate.report.mllm_section import Evaluation, evaluation
 from llava_genhancer.evaluate.report.write import write_report
 from llava_genhancer.evaluate.statistics import mcnemar_exact
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from PIL import Image
 
+from llava_genhancer.evaluate.mllm.evaluation import Evaluation
 from llava_genhancer.evaluate.mllm.local_data import cache_folder
 from llava_genhancer.evaluate.mllm.results import Model, TaskRun
 from llava_genhancer.evaluate.mllm.table2 import COLUMNS
-from llava_genhancer.evaluate.report.mllm_section import Evaluation
 
 PER_TASK = 4  # wins shown, and losses
 SIDE = 336  # pixels; larger images are made smaller

@@ -9,6 +9,7 @@ import numpy as np
 
 from llava_genhancer.evaluate import figures
 from llava_genhancer.evaluate.markdown import table
+from llava_genhancer.evaluate.report.gathered import Report
 from llava_genhancer.run import read_json
 
 RESULT = "eval/generation.json"
@@ -27,8 +28,19 @@ def final(run_dir: Path) -> dict[str, Any] | None:
     return dict(stages[max(stages)][-1])
 
 
-def section(measured: dict[str, Any]) -> str:
-    """The report's words and table: each stage's first and last pictures, and MMVP-VLM at both ends."""
+def section(report: Report) -> str:
+    """The picture and the words, where the verb `generation` was run."""
+    if not (report.run_dir / RESULT).is_file():
+        return ""
+    measured = read_json(report.run_dir / RESULT)
+    report.facts["generation"] = measured
+    generation_figure(measured, report.path(FIGURE))
+    picture = report.figure(FIGURE, "Generation quality and MMVP-VLM over the training")
+    return f"{_words(measured)}\n\n{picture}"
+
+
+def _words(measured: dict[str, Any]) -> str:
+    """Words and table: each stage's first and last pictures, and MMVP-VLM at both ends."""
     rows = []
     for stage, points in measured["stages"].items():
         for point in (points[0], points[-1]):

@@ -9,6 +9,7 @@ from typing import Any
 from llava_genhancer.evaluate import figures
 from llava_genhancer.evaluate.markdown import code, table, text
 from llava_genhancer.evaluate.question_results import BLIND, SCORING, QuestionResult, compare, load_results
+from llava_genhancer.evaluate.report.gathered import Report
 from llava_genhancer.evaluate.words import duration, number, p_value, percent
 from llava_genhancer.run import MANIFEST, read_json
 
@@ -18,7 +19,18 @@ QUESTIONS = "eval/questions.json"
 FIGURE = "questions.png"
 
 
-def trainings(run_dir: Path) -> tuple[str, list[dict[str, Any]]]:
+def section(report: Report) -> str:
+    """What the questions showed, where any were asked, and LLaVA's trainings."""
+    trained, facts = _trainings(report.run_dir)
+    parts = [trained] if trained else []
+    if (report.run_dir / QUESTIONS).is_file():
+        parts = [*_answers(report), *parts]
+    if facts:
+        report.facts["llava"] = facts
+    return "\n\n".join(["## LLaVA", *parts]) if parts else ""
+
+
+def _trainings(run_dir: Path) -> tuple[str, list[dict[str, Any]]]:
     """A table of LLaVA's finished trainings, empty if there is none, and their facts."""
     facts = []
     for tower, folder in TRAININGS.items():
@@ -38,19 +50,17 @@ def trainings(run_dir: Path) -> tuple[str, list[dict[str, Any]]]:
     return table(header, rows), facts
 
 
-def answers(run_dir: Path) -> tuple[list[str], list[str], dict[str, Any]]:
-    """What the questions showed: the section's paragraphs, the summary's lines, and facts for the JSON.
-
-    Draws the picture, which the first paragraph has to be.
+def _answers(report: Report) -> list[str]:
+    """What the questions showed, in paragraphs; the picture is drawn.
 
     Raises:
-        InputError: the file is missing or malformed.
+        InputError: the file is malformed.
     """
-    measured = read_json(run_dir / QUESTIONS)
-    results = load_results(run_dir / QUESTIONS)
+    measured = read_json(report.run_dir / QUESTIONS)
+    results = load_results(report.run_dir / QUESTIONS)
     first, others = results[0], [r for r in results[1:] if r.label != BLIND]
     figures.probes_figure(
-        list(first.details), {r.label: _scores(r) for r in results}, run_dir / "figures" / FIGURE, "questions right, %"
+        list(first.details), {r.label: _scores(r) for r in results}, report.path(FIGURE), "questions right, %"
     )
     header = ["detail", "n", "guessing", *(text(r.label) for r in results)]
     header += [f"{text(r.label)} - {text(first.label)} (McNemar p)" for r in others]
@@ -85,12 +95,13 @@ def answers(run_dir: Path) -> tuple[list[str], list[str], dict[str, Any]]:
         "tower differ, only several seeds tell; in a short training that is a lot, as a detail is learned or not yet. "
         f"And {len(first.details)} details are {len(first.details)} chances for a small p: read the average first.",
     ]
-    facts = {
+    report.facts["questions"] = {
         "scoring": SCORING,
         "models": [{k: v for k, v in r.to_dict().items() if k != "answers"} for r in results],
         "comparisons": measured["comparisons"],
     }
-    return [table(header, rows), *notes], lines, facts
+    report.headlines += lines
+    return [report.figure(FIGURE, "Questions answered right, per detail"), table(header, rows), *notes]
 
 
 def commands(run_dir: Path) -> list[str]:

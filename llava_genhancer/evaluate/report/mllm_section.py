@@ -6,18 +6,19 @@ import csv
 import io
 import os
 import urllib.parse
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate import figures
 from llava_genhancer.evaluate.markdown import block, code, table, text
+from llava_genhancer.evaluate.mllm.evaluation import Evaluation, evaluation
 from llava_genhancer.evaluate.mllm.protocol import warnings
-from llava_genhancer.evaluate.mllm.results import FOLDER, RESULTS, Change, Measured, Model, compare, read_models
+from llava_genhancer.evaluate.mllm.results import Change, Measured
 from llava_genhancer.evaluate.mllm.table2 import COLUMNS, LLMS, published
 from llava_genhancer.evaluate.paper import METHODS
+from llava_genhancer.evaluate.report.gallery import gallery
+from llava_genhancer.evaluate.report.gathered import Report
 from llava_genhancer.evaluate.words import p_value
 from llava_genhancer.run import write_text
 
@@ -30,74 +31,20 @@ CSV_HEADER = (
 )  # fmt: skip
 
 
-@dataclass
-class Evaluation:
-    """The models of all runs, one of them the baseline, and the changes of the others by label and column."""
-
-    models: list[Model]
-    baseline: Model | None
-    changes: dict[str, dict[str, Change]] = field(default_factory=dict)
-
-    @property
-    def others(self) -> list[Model]:
-        return [m for m in self.models if m is not self.baseline]
-
-
-def has_results(folder: Path) -> bool:
-    """Whether lmms-eval wrote into this folder, or into the folder of a model below it."""
-    return any(folder.glob(f"*{RESULTS}")) or any(folder.glob(f"*/*{RESULTS}"))
-
-
-def evaluation(run_dirs: Sequence[Path], baseline: Path | None = None) -> Evaluation | None:
-    """What lmms-eval measured in runs, or in folders of its own output; None if that is nothing.
-
-    Args:
-        baseline: the run whose model the others are compared with; without it the first run's "original".
-
-    Raises:
-        InputError: the baseline has no results, or a results file is malformed.
-    """
-    listed = list(run_dirs)
-    if baseline is not None and baseline.resolve() not in [r.resolve() for r in listed]:
-        listed.append(baseline)
-    of_run = {run: _models(run) for run in listed}
-    if baseline is not None:
-        chosen = next(of_run[r] for r in listed if r.resolve() == baseline.resolve())
-        if not chosen:
-            raise InputError(f"--baseline {baseline} holds no results of lmms-eval, neither there nor in {FOLDER}")
-        # A run's own model is the one with the tower that it enhanced.
-        base = next((m for m in chosen if m.label == "enhanced"), chosen[-1])
-    else:
-        base = next((m for m in of_run[listed[0]] if m.label == "original"), None)  # type: ignore[assignment]
-    models = [m for own in of_run.values() for m in own]
-    if not models:
-        return None
-    if len(listed) > 1:
-        names = [run.resolve().name for run in listed]
-        for run, own in of_run.items():
-            name = run.resolve().name
-            for model in own:
-                model.label = f"{name if names.count(name) == 1 else run}: {model.label}"
-    found = Evaluation(models, base)
-    for model in found.others if base is not None else ():
-        pairs = ((name, base.columns.get(name), measured) for name, measured in model.columns.items())
-        compared = {name: compare(first, measured) for name, first, measured in pairs if first is not None}
-        found.changes[model.label] = {name: change for name, change in compared.items() if change is not None}
-    return found
-
-
-def _models(run: Path) -> list[Model]:
-    folder = run / FOLDER
-    return read_models(folder if folder.is_dir() else run) if folder.is_dir() or has_results(run) else []
-
-
-def section(found: Evaluation, run_dir: Path) -> str:
-    """Markdown; draws the pictures and writes the CSV on the way."""
+def section(report: Report, baseline: Path | None) -> str:
+    """Tables, pictures, the gallery and, as a file, the CSV of what lmms-eval measured."""
+    run_dir = report.run_dir
+    found = evaluation([run_dir, *report.others], baseline)
+    if found is None:
+        return ""
+    report.gallery = gallery(found)
     _draw(found, run_dir / "figures")
     write_text(run_dir / CSV, _csv(found, run_dir))
+    report.headlines += _headlines(found)
+    report.facts["table2"] = _facts(found, run_dir)
     parts = [
         "## LLaVA on the paper's benchmarks",
-        f"![Table 2's columns with 95 % intervals](figures/{FIGURES[0]})",
+        report.figure(FIGURES[0], "Table 2's columns with 95 % intervals"),
         _table2(found, run_dir),
         f"Percent; brackets are 95 % bootstrap intervals over the benchmark's own units. A number links to the samples "
         f"that it was counted from; all of them are in [{CSV}]({CSV}). The published rows are Table 2 of arXiv "
@@ -106,7 +53,7 @@ def section(found: Evaluation, run_dir: Path) -> str:
     if found.baseline is not None and any(found.changes.values()):
         parts += [
             f"### Against {text(found.baseline.label)}",
-            f"![Changes with 95 % intervals](figures/{FIGURES[1]})",
+            report.figure(FIGURES[1], "Changes with 95 % intervals"),
             _changes(found),
             "In points, on the same questions, with the paired bootstrap's 95 % interval. p is McNemar's exact test "
             "where a unit is right or wrong, else the permutation test that exchanges both models' answers unit by "
@@ -118,7 +65,7 @@ def section(found: Evaluation, run_dir: Path) -> str:
     return "\n\n".join([*parts, _sources(found, run_dir)])
 
 
-def headlines(found: Evaluation) -> list[str]:
+def _headlines(found: Evaluation) -> list[str]:
     """The summary's lines, one per compared model."""
     lines = []
     for label, changes in found.changes.items():
@@ -133,7 +80,7 @@ def headlines(found: Evaluation) -> list[str]:
     return lines
 
 
-def facts(found: Evaluation, run_dir: Path) -> dict[str, Any]:
+def _facts(found: Evaluation, run_dir: Path) -> dict[str, Any]:
     """For the JSON."""
     return {
         "published": {llm: {method: published(llm, method) for method in METHODS} for llm in LLMS},

@@ -8,6 +8,7 @@ from typing import Any
 
 from llava_genhancer.evaluate import curve
 from llava_genhancer.evaluate.markdown import text
+from llava_genhancer.evaluate.report.gathered import Report
 from llava_genhancer.evaluate.words import p_value
 from llava_genhancer.evaluate.zero_shot import table3
 from llava_genhancer.evaluate.zero_shot.results import TowerAnswers, change, load_results
@@ -29,14 +30,14 @@ def measured(run_dir: Path) -> bool:
     return (run_dir / RESULT).is_file() or (run_dir / curve.RESULT).is_file()
 
 
-def section(run_dir: Path) -> tuple[list[str], list[str], dict[str, Any]]:
-    """Parts in Markdown, headlines, and facts for the JSON; the curve's picture is drawn into ``figures/``.
+def section(report: Report) -> str:
+    """Scores, Table 3 and the curve, whose picture is drawn.
 
     Raises:
         InputError: a file of the run is not what the commands write.
     """
+    run_dir = report.run_dir
     parts: list[str] = []
-    lines: list[str] = []
     facts: dict[str, Any] = {}
     if (run_dir / RESULT).is_file():
         towers = load_results(run_dir / RESULT)
@@ -45,20 +46,22 @@ def section(run_dir: Path) -> tuple[list[str], list[str], dict[str, Any]]:
             towers = [dataclasses.replace(t, label=name) for t, name in zip(towers, names, strict=True)]
         parts += [table3.markdown(towers), NOTE]
         parts += [beside] if (beside := table3.beside_table3(towers)) else []
-        lines += _headlines(towers)
+        report.headlines += _headlines(towers)
         facts["towers"] = [
             {"label": t.label, "mean": round(t.mean, 2), "scores": [a.summary() for a in t.answers]} for t in towers
         ]
     if (run_dir / curve.RESULT).is_file():
         points = curve.load_points(run_dir / curve.RESULT)
-        curve.figure(points, run_dir / "figures" / FIGURE)
-        picture = f"![MMVP-VLM against zero-shot scores by strength](figures/{FIGURE})"
+        curve.figure(points, report.path(FIGURE))
+        picture = report.figure(FIGURE, "MMVP-VLM against zero-shot scores by strength")
         parts += ["### Strength", picture, curve.markdown(points), CURVE]
         facts["curve"] = [
             {"lora_scale": p.scale, "mmvp_vlm": round(p.mmvp.average.percent, 2), "mean": round(p.retention.mean, 2)}
             for p in points
         ]
-    return parts, lines, facts
+    if facts:
+        report.facts["zero_shot"] = facts
+    return "\n\n".join(["## Retention", *parts]) if parts else ""
 
 
 def _headlines(towers: list[TowerAnswers]) -> list[str]:
