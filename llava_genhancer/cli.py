@@ -17,7 +17,7 @@ from llava_genhancer import __version__, recipes
 from llava_genhancer.ablate.grids import NAMES
 from llava_genhancer.arguments import Parser, Verbs, add_fields
 from llava_genhancer.enhance import commands as enhancing
-from llava_genhancer.errors import InputError, OneRankError, disk_failure, lost_rank, reason
+from llava_genhancer.errors import InputError, OneRankError, disk_failure, lost_rank, out_of_memory, reason
 from llava_genhancer.evaluate import commands as measuring
 from llava_genhancer.llava import commands as training
 
@@ -58,9 +58,12 @@ def _known_failure(error: Exception) -> tuple[int, Exception | str] | None:
         advice = "out of memory, most often: lower --num_workers; the same command goes on from the last checkpoint"
         return 1, f"a data worker died ({reason(error)}): {advice}"
     if type(error).__name__ == "OutOfMemoryError":
-        advice = "lower --per_device_batch_size, add --gradient_checkpointing true, or use configs/deepspeed/zero3.json"
+        advice = (
+            "lower --per_device_batch_size (or --batch_size), add --gradient_checkpointing true, or use "
+            "configs/deepspeed/zero3.json"
+        )
         return 2, f"out of GPU memory: {advice}"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch raises a RuntimeError
+    if out_of_memory(error):
         return 2, "out of memory: use a smaller model or batch (`llava-genhancer doctor RECIPE` says what is needed)"
     return None
 

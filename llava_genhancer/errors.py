@@ -9,6 +9,8 @@ import re
 # What a full, read-only or forbidden disk answers.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
+_NO_MEMORY = re.compile(r"can't allocate memory|could not create a (?:primitive|memory)")  # torch's words; oneDNN's
+
 
 class InputError(ValueError):
     """Something the user gave us cannot be used.
@@ -51,6 +53,13 @@ def disk_failure(error: BaseException) -> str | None:
         # A write cut short shows as a wrong position in the archive, whatever the disk said. Reading has other words.
         return known or ("torch could not write a file to its end" if "unexpected pos" in text else None)
     return None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that there is no memory left, on a GPU or here."""
+    # torch raises its own class for GPUs and a RuntimeError for the rest.
+    known = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    return known or bool(isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)))
 
 
 def lost_rank(error: BaseException) -> str | None:

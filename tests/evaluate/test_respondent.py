@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import resource
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate.mllm.respondent import Ask, Respondent, pack
 from llava_genhancer.llava.chat import load_llava
 from llava_genhancer.llava.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, Turn, encode
@@ -112,6 +118,49 @@ def test_batches_and_options_change_nothing(asked: Respondent, llava_folders: Pa
         for a, b, c in zip(scores, one, single, strict=True):
             assert a.total == pytest.approx(b.total, abs=1e-4) == pytest.approx(c.total, abs=1e-4)
             assert a[1:] == b[1:] == c[1:]
+
+
+@contextlib.contextmanager
+def little_memory(more: int) -> Iterator[None]:
+    """The process may grow by so many bytes only: torch's own allocator refuses what is beyond."""
+    ctypes.CDLL(None).mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD: what earlier tests have freed is no room for tensors
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + more, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc and /proc")
+def test_a_batch_that_memory_does_not_hold_is_halved(llava_folders: Path, caplog: pytest.LogCaptureFixture) -> None:
+    asked, many = respondent(llava_folders), 96
+    alone = asked.score(ASKED[:1], OPTIONS[:1])[0]
+    with caplog.at_level("WARNING"), little_memory(16 << 20):
+        scores = asked.score(ASKED[:1] * many, OPTIONS[:1] * many)
+    assert 1 <= asked.at_once < many
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0] == "out of memory with 96 questions at a time: going on with 48"
+    assert len(said) <= 8, "what went well is how it goes on"
+    assert len(scores) == many
+    for one in scores:
+        assert [s.total for s in one] == pytest.approx([s.total for s in alone], abs=1e-4)
+
+
+def test_memory_that_does_not_hold_one_question_is_told(llava_folders: Path) -> None:
+    asked = respondent(llava_folders)
+    with pytest.raises(InputError, match=r"^out of memory with one question at a time: .*dtype=bfloat16"):
+        asked._in_parts(lambda part: [torch.empty(1 << 60)], [1, 2, 3])
+    with pytest.raises(RuntimeError, match=r"size mismatch|cannot be multiplied"):  # a bug is no lack of memory
+        asked._in_parts(lambda part: [torch.ones(2, 2) @ torch.ones(3)], [1, 2, 3])
+
+
+def test_a_tower_that_makes_more_of_an_image_than_its_places(llava_folders: Path) -> None:
+    asked = respondent(llava_folders)
+    asked.model.config.image_seq_length -= 1
+    with pytest.raises(InputError, match=r"makes \d+ features of these images where .*image_seq_length"):
+        asked.score(ASKED[:1], OPTIONS[:1])
 
 
 def test_generation_in_batches(asked: Respondent, trained: Llava) -> None:

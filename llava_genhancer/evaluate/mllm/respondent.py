@@ -1,5 +1,7 @@
 """A LLaVA that answers: by the likelihood of given options, or in words of its own. Batches change speed only.
 
+So a batch that memory does not hold is answered in halves, and later ones are no larger.
+
 An option is put where the assistant would answer, exactly as in training, and scored by its tokens' log-probabilities,
 end token included. The options of a question share everything up to where they part: that is read once, its keys and
 values are kept, and the options are then read side by side, each seeing the shared part and itself.
@@ -10,15 +12,18 @@ tokens of all questions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from llava_genhancer.errors import InputError
+from llava_genhancer.errors import InputError, out_of_memory
 from llava_genhancer.llava.conversation import (
     IGNORE_INDEX,
     IMAGE,
@@ -29,6 +34,10 @@ from llava_genhancer.llava.conversation import (
     encode_prompt,
     stop_token_ids,
 )
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Ask(NamedTuple):
@@ -108,20 +117,60 @@ class Respondent:
 
     def __init__(self, model: Any, image_processor: Any, tokenizer: Any, template: str):
         self.model, self.image_processor, self.tokenizer, self.template = model, image_processor, tokenizer, template
+        self.at_once = sys.maxsize
         settings = model.generation_config
         ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
         self.ends = list(dict.fromkeys([*(i for i in ends if i is not None), *stop_token_ids(template, tokenizer)]))
         # Rows that only widen the vocabulary: no word of any answer, so they take no share of the probability.
         self.never = torch.tensor(settings.suppress_tokens or [], dtype=torch.long, device=model.device)
 
-    @torch.inference_mode()
     def score(self, asked: Sequence[Ask], options: Sequence[Sequence[str]]) -> list[list[Score]]:
-        """The scores of each question's options, in one batch."""
+        """The scores of each question's options, in one batch if memory holds it.
+
+        Raises:
+            InputError: it does not hold a single question, or the language model does not read as much.
+        """
+        return self._in_parts(
+            lambda part: self._score(*zip(*part, strict=True)), list(zip(asked, options, strict=True))
+        )
+
+    def say(self, asked: Sequence[Ask], **settings: Any) -> list[str]:
+        """What is answered to each question, batched like :meth:`score`.
+
+        ``settings`` are transformers' own of ``generate``.
+        """
+        return self._in_parts(lambda part: self._say(part, settings), asked)
+
+    def _in_parts(self, answer: Callable[[Sequence[T]], list[U]], work: Sequence[T]) -> list[U]:
+        """``answer`` of all the work, at most ``self.at_once`` of it at a time, which shrinks where memory ends."""
+        done: list[U] = []
+        while len(done) < len(work):
+            part = work[len(done) : len(done) + self.at_once]
+            try:
+                done += answer(part)
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                if len(part) == 1:
+                    raise InputError(
+                        "out of memory with one question at a time: load the weights in half precision "
+                        "(--model_args dtype=bfloat16), or use a device with more memory"
+                    ) from None
+            gc.collect()  # only here is what the attempt held free
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.at_once = (len(part) + 1) // 2
+            log.warning("out of memory with %d questions at a time: going on with %d", len(part), self.at_once)
+        return done
+
+    @torch.inference_mode()
+    def _score(self, asked: Sequence[Ask], options: Sequence[Sequence[str]]) -> list[list[Score]]:
         packs = [
             pack([self._expanded(encode([Turn(ask.text, o)], self.template, self.tokenizer)) for o in own])
             for ask, own in zip(asked, options, strict=True)
         ]
-        hidden = self._read(packs, self._pixels(asked))
+        hidden = self._read(packs, asked)
         rows = [sum(len(own) for own in options[:b]) for b in range(len(packs))]
         where = [(b, place, rows[b] + number, token) for b, p in enumerate(packs) for number, place, token in p.scored]
         question, place, row, token = torch.tensor(where, device=self.model.device).T  # (T,) each
@@ -135,16 +184,16 @@ class Respondent:
         scores = [Score(*s) for s in zip(totals, lengths, (misses == 0).tolist(), strict=True)]
         return [scores[start : start + len(own)] for start, own in zip(rows, options, strict=True)]
 
-    def _read(self, packs: Sequence[Packed], pixels: dict[str, Tensor]) -> Tensor:
+    def _read(self, packs: Sequence[Packed], asked: Sequence[Ask]) -> Tensor:
         """Hidden states (B, 1 + S, D): of the last shared token, and of those that follow."""
         from transformers import DynamicCache
 
         shared, seen = self._padded([p.shared for p in packs])
         cache = DynamicCache()
         # What pads a row on its right is seen by no token of it: no mask is needed here.
-        read = self.model.model(input_ids=shared, past_key_values=cache, use_cache=True, **pixels)
-        last = read.last_hidden_state[torch.arange(len(packs)), seen.sum(1) - 1]
-        hidden = last[:, None]
+        embedded = self._embedded(shared, asked)
+        read = self.model.model(inputs_embeds=embedded, past_key_values=cache, use_cache=True).last_hidden_state
+        hidden = read[torch.arange(len(packs)), seen.sum(1) - 1][:, None]
         if not any(p.ids for p in packs):
             return hidden
         ids, _ = self._padded([p.ids for p in packs])
@@ -163,16 +212,15 @@ class Respondent:
         return torch.cat([hidden, followed], 1)
 
     @torch.inference_mode()
-    def say(self, asked: Sequence[Ask], **settings: Any) -> list[str]:
-        """What is answered to each question, in one batch; ``settings`` are transformers' own of ``generate``."""
+    def _say(self, asked: Sequence[Ask], settings: Mapping[str, Any]) -> list[str]:
         prompts = [self._prompt(ask.text) for ask in asked]
         ids, seen = self._padded(prompts, left=True)
         said = self.model.generate(
             input_ids=ids,
+            inputs_embeds=self._embedded(ids, asked),
             attention_mask=seen,
             eos_token_id=self.ends,
             pad_token_id=self.ends[0],
-            **self._pixels(asked),
             **settings,
         )
         return [text.strip() for text in self.tokenizer.batch_decode(said[:, ids.shape[1] :], skip_special_tokens=True)]
@@ -202,6 +250,24 @@ class Respondent:
         if len(row.input_ids) > limit:
             raise InputError(f"a question with its images is {len(row.input_ids)} tokens long, the model reads {limit}")
         return row
+
+    def _embedded(self, ids: Tensor, asked: Sequence[Ask]) -> Tensor:
+        """Ids (B, P) as embeddings (B, P, D), with the images' features in their places.
+
+        Given the pixels, the model would hold the outputs of all the tower's layers while the language model reads.
+        """
+        embedded: Tensor = self.model.get_input_embeddings()(ids)
+        pixels = self._pixels(asked)
+        if not pixels:
+            return embedded
+        features = torch.cat([*self.model.get_image_features(**pixels).pooler_output])
+        places = ids == self.model.config.image_token_id
+        if int(places.sum()) != len(features):
+            raise InputError(
+                f"the tower makes {len(features)} features of these images where the checkpoint's config.json "
+                f"(image_seq_length={self.model.config.image_seq_length}) has {int(places.sum())} places"
+            )
+        return embedded.masked_scatter(places[..., None], features)
 
     def _pixels(self, asked: Sequence[Ask]) -> dict[str, Tensor]:
         """All questions' images in order, (N, 3, H, W); nothing if there are none."""
