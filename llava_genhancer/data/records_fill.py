@@ -1,4 +1,4 @@
-"""Writing records of frozen work (see records.py): each rank its share of the units, by data workers, whole units only."""
+"""Writing records of frozen work (see records.py): each rank its share of the units, data workers, whole units only."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ class LlavaLoader:
         self._batches = iter(loader)
         for batch in batches_of(self._batches):
             if "problem" in batch:
-                raise InputError(f"data {self.dataset.samples.path}: {batch['problem']}: fix the data")
+                raise InputError(f"data {self.dataset.samples.path}: {batch['problem']}")
             self._given += 1
             self._report.tokens += batch.pop("tokens")
             self._report.places += batch["input_ids"].numel()

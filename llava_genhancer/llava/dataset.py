@@ -5,7 +5,7 @@ Legend: L tokens of a sample, T tokens of an image, n images of a sample, N imag
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -89,6 +89,8 @@ def cut(encoded: Encoded, tokens_per_image: int, max_length: int) -> Encoded:
 class LlavaDataset(Dataset):
     """``{"input_ids", "labels": int64 (L,), "images": float32 (n, 3, H, W) or None, "key"}`` and what was skipped.
 
+    With ``features`` set, images are what that says of them: (n, P, C).
+
     A sample that cannot be used gives way to the next one of its kind (with or without images), so that batches keep
     their modality; ``skipped`` lists (key, reason) of what gave way, ``truncated`` says whether the end is missing.
 
@@ -109,6 +111,7 @@ class LlavaDataset(Dataset):
         max_length: int,
     ):
         self.samples, self.template, self.tokenizer, self.view = samples, template, tokenizer, view
+        self.features: Callable[[str], Tensor] | None = None  # an image's name to what the tower says of it
         self.tokens_per_image, self.max_length = tokens_per_image, max_length
 
     def __len__(self) -> int:
@@ -126,8 +129,10 @@ class LlavaDataset(Dataset):
                 return {**self._item(sample), "key": key, "skipped": skipped}
             except (BadSample, BadImage) as error:
                 skipped.append((key, str(error)))
+            except InputError as error:
+                return {"problem": str(error)}
         last = "; ".join(f"{key}: {reason}" for key, reason in skipped[-3:])
-        return {"problem": f"{len(skipped)} samples in a row cannot be used ({last})"}
+        return {"problem": f"{len(skipped)} samples in a row cannot be used ({last}): fix the data"}
 
     def _candidates(self, position: int) -> Iterator[int]:
         """The sample, then those of its kind after it, from the first one on after the last."""
@@ -140,7 +145,8 @@ class LlavaDataset(Dataset):
         whole = encode(sample.turns, self.template, self.tokenizer, images=bool(sample.images))
         ids, labels = cut(whole, self.tokens_per_image, self.max_length)
         names = sample.images[: ids.count(IMAGE_TOKEN_INDEX)]
-        views = [self.view(decode(self.samples.image_path(name))) for name in names]
+        see = self.features or (lambda name: self.view(decode(self.samples.image_path(name))))
+        views = [see(name) for name in names]
         return {
             "input_ids": torch.tensor(ids),
             "labels": torch.tensor(labels),

@@ -1,6 +1,7 @@
 """LLaVA: a frozen vision tower, a two-layer projector, a causal language model; what learns in which step.
 
-Legend: B batch, L tokens with images expanded, V vocabulary, N images, P patches of an image, D language model's width.
+Legend: B batch, L tokens with images expanded, V vocabulary, N images, P patches of an image, C width of the
+tower, D width of the language model.
 
 The three parts are transformers' own classes, held side by side: the vocabulary is not widened in training, and their
 names are those of ``LlavaForConditionalGeneration``'s checkpoints. Image positions carry ``IMAGE_TOKEN_INDEX`` in
@@ -45,7 +46,8 @@ class Llava(nn.Module):
     def train(self, mode: bool = True) -> Llava:
         """Training mode; the frozen tower stays in evaluation mode."""
         super().train(mode)
-        self.vision_tower.eval()
+        if self.vision_tower is not None:
+            self.vision_tower.eval()
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Llava:
@@ -61,13 +63,16 @@ class Llava(nn.Module):
                 module._buffers[name] = before.to(after.device)
         return self
 
-    def image_features(self, pixel_values: Tensor) -> Tensor:
-        """Images (N, 3, H, W) as embeddings (N, P, D)."""
-        with torch.no_grad():
-            seen = self.vision_tower(pixel_values.to(self.vision_tower.dtype), output_hidden_states=True)
+    @torch.no_grad()
+    def tower_features(self, pixel_values: Tensor) -> Tensor:
+        """What the frozen tower says of images (N, 3, H, W): (N, P, C)."""
+        seen = self.vision_tower(pixel_values.to(self.vision_tower.dtype), output_hidden_states=True)
         patches = seen.hidden_states[self.config.vision_feature_layer]
-        if self.config.vision_feature_select_strategy == "default":
-            patches = patches[:, 1:]
+        return patches[:, 1:] if self.config.vision_feature_select_strategy == "default" else patches
+
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """Images (N, 3, H, W), or where ``vision_tower`` is None what it said of them (N, P, C), as (N, P, D)."""
+        patches = pixel_values if self.vision_tower is None else self.tower_features(pixel_values)
         return self.multi_modal_projector(patches.to(self.multi_modal_projector.linear_1.weight.dtype))
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
@@ -79,8 +84,10 @@ class Llava(nn.Module):
         is_image = input_ids == IMAGE_TOKEN_INDEX
         embeddings = self.language_model.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         if pixel_values is None:
-            side = self.config.vision_config.image_size
-            empty = torch.zeros(1, 3, side, side, device=input_ids.device)
+            vision = self.config.vision_config
+            image = (3, vision.image_size, vision.image_size)
+            shape = image if self.vision_tower is not None else (self.config.image_seq_length, vision.hidden_size)
+            empty = torch.zeros(1, *shape, device=input_ids.device)
             return embeddings + 0 * self.image_features(empty).sum().to(embeddings.dtype)
         features = self.image_features(pixel_values).to(embeddings.dtype)
         return embeddings.masked_scatter(is_image[..., None], features)

@@ -41,8 +41,13 @@ class LlavaStep:
     )
     packing: bool = option(
         False,
-        "a rank's samples in one row without padding, each seeing only itself: the same loss but for rounding, for less "
+        "a rank's samples in one row without padding, each seeing only itself: the same loss but for rounding, in less "
         "work (ours; LLaVA pads)",
+    )
+    cache_features: bool = option(
+        False,
+        "what the frozen tower says of each image is computed once and kept on disk (its cost is logged first; 658 GB "
+        "for LLaVA's 558 000 images): for several epochs, or trainings that share it (ours)",
     )
     save_steps: int = option(1_000, "steps between checkpoints (LLaVA: 24 000, none in practice)")
     log_steps: int = option(1, "steps between log entries")
@@ -115,6 +120,9 @@ class LlavaRecipe(Guards, LlavaTraining):  # a field's place: the last base's co
     num_workers: int = option(4, "data workers per rank")
     max_bad_fraction: float = option(0.1, "share of unusable samples above which the run stops (ours)")
     keep_checkpoints: int = option(2, "complete checkpoints kept per step, two at least")
+    cache_folder: str | None = option(
+        None, "where cache_features writes; trainings of the same images and tower share it; none = in the run"
+    )
 
     pretrain: LlavaStep = option(LlavaStep(), "the projector learns, on image captions")
     finetune: LlavaStep = option(FINETUNE, "language model and projector learn, on conversations")
@@ -184,7 +192,7 @@ RECIPES: dict[str, Callable[[], LlavaRecipe]] = {
 
 # Fields that may change between two starts of one run: they alter where or how often, never what is computed, or say
 # what to do where the run would end.
-_HARMLESS = ("name", "num_workers", "keep_checkpoints", "max_bad_fraction", *GUARD_FIELDS)
+_HARMLESS = ("name", "cache_folder", "num_workers", "keep_checkpoints", "max_bad_fraction", *GUARD_FIELDS)
 _HARMLESS_IN_STEP = ("data", "image_folder", "save_steps", "log_steps")
 
 

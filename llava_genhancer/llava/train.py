@@ -24,6 +24,7 @@ from llava_genhancer.errors import InputError
 from llava_genhancer.llava.batches import build_loader
 from llava_genhancer.llava.conversation import get_template
 from llava_genhancer.llava.export import export_step
+from llava_genhancer.llava.features import open_features
 from llava_genhancer.llava.model import Llava, build_llava, llava_config, local
 from llava_genhancer.llava.recipes import STEPS, LlavaRecipe, LlavaStep, harmless_fields
 from llava_genhancer.llava.samples import read_samples
@@ -141,6 +142,13 @@ def _train(recipe: LlavaRecipe, step: str, folder: Path, projector: Path | None,
         model = build_llava(recipe, step, bf16_everywhere=deepspeed is not None and recipe.precision == "bf16")
     if projector is not None:
         engine.load_trained(model, projector)
+    if table.cache_features:
+        cache = Path(recipe.cache_folder or folder.parent / "cache").expanduser()
+        autocast = recipe.precision == "bf16" and deepspeed is None
+        loader.dataset.features = open_features(
+            recipe, step, cache, loader.dataset, model, args.device, autocast=autocast
+        )
+        model.vision_tower = None
     trainer = build_trainer(recipe, step, model, args, loader, data=samples.fingerprint)
     final = trainer.run()
     engine.finish_stage(trainer, final, time.time() - started, step=step)
