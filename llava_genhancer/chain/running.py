@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import runpy
 import shlex
 import signal
 import subprocess
@@ -94,11 +95,10 @@ def run(steps: Sequence[Step], choices: Choices, start: str | None = None) -> in
 def run_step(step: Step, choices: Choices) -> int:
     """One step's exit status: in this process, or by the launcher that a training on GPUs needs."""
     if step.fork is None and (step.zero is None or not choices.gpus):
-        from llava_genhancer.cli import main
-
         before, sys.argv = sys.argv, ["llava-genhancer", *step.command]  # manifests tell what was called
         try:
-            main(step.command)  # in this process: the libraries are loaded once
+            # `python -m llava_genhancer` in this process: the libraries are loaded once
+            runpy.run_module("llava_genhancer", run_name="__main__")
         except SystemExit as end:
             return int(end.code or 0)
         finally:

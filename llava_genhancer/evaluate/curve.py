@@ -22,8 +22,9 @@ from llava_genhancer.evaluate.figures import COLOURS, INK, Drawing, short
 from llava_genhancer.evaluate.markdown import table
 from llava_genhancer.evaluate.mmvp.measure import Benchmark, evaluate_tower, load_benchmark, output_path
 from llava_genhancer.evaluate.mmvp.results import GUESS, MmvpResult
-from llava_genhancer.evaluate.towers import Tower, choose_device, load_tower
-from llava_genhancer.evaluate.zero_shot.data import load_sets
+from llava_genhancer.evaluate.tower import Tower
+from llava_genhancer.evaluate.towers import choose_device, load_tower
+from llava_genhancer.evaluate.zero_shot.layouts import load_sets
 from llava_genhancer.evaluate.zero_shot.measure import evaluate_tower as evaluate_zero_shot
 from llava_genhancer.evaluate.zero_shot.results import Store, TowerAnswers
 from llava_genhancer.run import MANIFEST, read_json, recipe_of, versions, write_json

@@ -30,7 +30,8 @@ from llava_genhancer.evaluate.mmvp.data import Benchmark, load_benchmark
 from llava_genhancer.evaluate.mmvp.measure import evaluate_tower
 from llava_genhancer.evaluate.report.generation_section import FIGURE, RESULT, generation_figure
 from llava_genhancer.evaluate.report.seeds import spread
-from llava_genhancer.evaluate.towers import Tower, load_tower
+from llava_genhancer.evaluate.tower import Tower
+from llava_genhancer.evaluate.towers import load_tower
 from llava_genhancer.recipes import Recipe
 from llava_genhancer.run import recipe_of, write_json
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llava_genhancer.convert.open_clip import OpenClipSource, load_model, read_folder
 from llava_genhancer.errors import InputError, reason
-from llava_genhancer.evaluate.towers import Tower, exact_fp32, marker_facts
+from llava_genhancer.evaluate.tower import Tower, exact_fp32, marker_facts
 from llava_genhancer.run import sha256
 
 

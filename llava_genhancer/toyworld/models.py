@@ -1,15 +1,11 @@
 """The toy world's models as ordinary Hugging Face folders: a CLIP, a VAE, a VQ-VAE, and a SigLIP of random
 weights for tests.
 
-``python -m llava_genhancer.toyworld.models --output DIR`` trains and writes what is shipped under ``weights/``, the
-Llama of ``language.py`` too (about half an hour on one core; ``training.py`` has the loops). The shipped VQ-VAE comes
-from ``--only vq --images 8000``.
+``python -m llava_genhancer.toyworld`` trains what is shipped of them.
 
 Shapes: B images, 3 x 48 x 48; 6 x 6 patches of 8 pixels; embeddings of 96. VAE latents: 8 x 12 x 12. VQ: 12 x 12 ids.
 """
 
-import argparse
-import logging
 from pathlib import Path
 
 import torch
@@ -37,9 +33,6 @@ __all__ = [
     "save_vae",
 ]  # fmt: skip
 
-logger = logging.getLogger(__name__)
-
-TRAINED_HERE = ("clip", "vae", "vq", "llama")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -170,35 +163,3 @@ def load_clip(folder: str | Path) -> tuple[CLIPModel, CLIPTokenizer]:
     """The CLIP of ``folder`` in float32 and evaluation mode, and its tokenizer."""
     model = CLIPModel.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), CLIPTokenizer.from_pretrained(folder)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Train the models and write them to ``--output``/clip, /vae, /vq and /llama."""
-    parser = argparse.ArgumentParser(prog="python -m llava_genhancer.toyworld.models", description=main.__doc__)
-    parser.add_argument("--output", required=True, type=Path, help="folder to write clip/, vae/, vq/ and llama/ into")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, default=24_000, help="rendered training images for CLIP, VAE and VQ-VAE")
-    parser.add_argument("--threads", type=int, default=1, help="the exact weights depend on this number too")
-    parser.add_argument("--only", choices=TRAINED_HERE, help="train one of them")
-    arguments = parser.parse_args(argv)
-    from llava_genhancer.toyworld import language, training
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    torch.set_num_threads(arguments.threads)
-    logger.info("seed %d, %d thread(s)", arguments.seed, arguments.threads)
-    chosen = [arguments.only] if arguments.only else list(TRAINED_HERE)
-    if "llama" in chosen:
-        language.save_llama(language.train_llama(seed=arguments.seed), arguments.output / "llama", half=True)
-    if chosen == ["llama"]:
-        return
-    world = training.render_pool(arguments.images, arguments.seed)
-    if "clip" in chosen:
-        save_clip(training.train_clip(world, seed=arguments.seed), arguments.output / "clip", half=True)
-    if "vae" in chosen:
-        save_vae(training.train_vae(world, seed=arguments.seed), arguments.output / "vae", half=True)
-    if "vq" in chosen:
-        save_vae(training.train_vq(world, seed=arguments.seed), arguments.output / "vq", half=True)
-
-
-if __name__ == "__main__":
-    main()

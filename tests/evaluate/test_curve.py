@@ -17,7 +17,8 @@ from llava_genhancer.evaluate import curve
 from llava_genhancer.evaluate.curve import load_points, mixed, parse_scales
 from llava_genhancer.evaluate.mmvp.measure import run as run_mmvp
 from llava_genhancer.evaluate.report.write import write_report
-from llava_genhancer.evaluate.towers import Tower, load_tower
+from llava_genhancer.evaluate.tower import Tower
+from llava_genhancer.evaluate.towers import load_tower
 from llava_genhancer.evaluate.zero_shot.measure import run as run_zero_shot
 from llava_genhancer.run import write_json
 

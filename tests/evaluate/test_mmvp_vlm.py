@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate import paper, towers
+from llava_genhancer.evaluate import paper
 from llava_genhancer.evaluate.mmvp.measure import evaluate_tower, load_benchmark, pair_logits, run, short_labels, table
 from llava_genhancer.evaluate.mmvp.results import MmvpResult, compare, load_results
-from llava_genhancer.evaluate.towers import Tower, load_tower
+from llava_genhancer.evaluate.tower import Tower, exact_fp32
+from llava_genhancer.evaluate.towers import load_tower
 
 KINDS = ("clip_dir", "siglip_dir", "siglip2_dir")
 
@@ -261,7 +262,7 @@ def test_broken_weights_do_not_become_a_score(clip_dir, benchmark):
 
 def test_fp32_settings_are_put_back(clip_dir, benchmark):
     before = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark)
-    with towers.exact_fp32():
+    with exact_fp32():
         assert torch.get_float32_matmul_precision() == "highest"
         assert not torch.backends.cudnn.allow_tf32
     after = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark)

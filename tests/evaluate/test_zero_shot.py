@@ -15,9 +15,12 @@ from PIL import Image
 
 from llava_genhancer.cli import main
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate.towers import Tower, load_tower
+from llava_genhancer.evaluate.tower import Tower
+from llava_genhancer.evaluate.towers import load_tower
 from llava_genhancer.evaluate.zero_shot import measure as zero_shot
-from llava_genhancer.evaluate.zero_shot.data import Classification, Retrieval, load_sets, set_name, templates_of
+from llava_genhancer.evaluate.zero_shot.prompts import set_name, templates_of
+from llava_genhancer.evaluate.zero_shot.layouts import load_sets
+from llava_genhancer.evaluate.zero_shot.data import Classification, Retrieval
 from llava_genhancer.evaluate.zero_shot.results import (
     IMAGE_RECALL,
     TEXT_RECALL,

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate.towers import MODEL_CLASSES, Tower, exact_fp32
+from llava_genhancer.evaluate.tower import Tower, exact_fp32
+from llava_genhancer.evaluate.towers import MODEL_CLASSES
 
 
 class LocalsTower(Tower):

@@ -33,7 +33,8 @@ from llava_genhancer.evaluate.mmvp.results import (
     save_results,
 )
 from llava_genhancer.evaluate.paper import PATTERNS
-from llava_genhancer.evaluate.towers import Tower, choose_device, load_tower
+from llava_genhancer.evaluate.tower import Tower
+from llava_genhancer.evaluate.towers import choose_device, load_tower
 from llava_genhancer.evaluate.words import p_value, paper_rows
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The layouts in which zero-shot data sets lie on disks, each read into one of ``zero_shot_data``'s two kinds.
+"""The layouts in which zero-shot data sets lie on disks, each read into one of the two kinds of set.
 
 A set is a folder with one of these, looked for in this order::
 
@@ -10,7 +10,7 @@ A set is a folder with one of these, looked for in this order::
 
 Class names: ``classnames.txt`` (a line per class; in a folder of images by the folders' sorted names),
 ``classnames.json`` (a list, or an object from folder to name), a parquet's own, clip_benchmark's for ImageNet's wnids,
-or the folders' names. Prompts: see :func:`~llava_genhancer.evaluate.zero_shot.data.templates_of`.
+or the folders' names. Prompts: see :func:`~llava_genhancer.evaluate.zero_shot.prompts.templates_of`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,8 @@ from typing import Any
 from llava_genhancer.data.decode import IMAGE_SUFFIXES
 from llava_genhancer.data.entries import read_entries
 from llava_genhancer.errors import InputError, reason
-from llava_genhancer.evaluate.zero_shot.data import (
-    Classification,
-    Images,
-    Retrieval,
-    ZeroShotSet,
-    lines_of,
-    packaged_classes,
-    set_name,
-    templates_of,
-)
+from llava_genhancer.evaluate.zero_shot.data import Classification, Images, Retrieval, ZeroShotSet
+from llava_genhancer.evaluate.zero_shot.prompts import lines_of, packaged_classes, set_name, templates_of
 from llava_genhancer.run import read_json
 
 SPLITS = ("test", "val", "validation")
@@ -44,6 +36,24 @@ HINT = (
     "give a data set's folder, or one that holds such folders: clip_benchmark's webdataset export, parquet, "
     "captions.jsonl, Karpathy's dataset_*.json, or a folder of images per class"
 )
+
+
+def load_sets(paths: Sequence[str | Path]) -> list[ZeroShotSet]:
+    """Every set in ``paths``: each one a set's folder, or a folder of such folders.
+
+    Raises:
+        InputError: no set there, two of one name, or a set that cannot be used.
+    """
+    sets: dict[str, ZeroShotSet] = {}
+    for path in paths:
+        for folder in find_folders(Path(path).expanduser()):
+            found = read_set(folder)
+            if found.name in sets:
+                raise InputError(
+                    f"{folder} and {sets[found.name].path} are both the data set {found.name}: give one of them"
+                )
+            sets[found.name] = found
+    return list(sets.values())
 
 
 def find_folders(path: Path) -> list[Path]:

@@ -22,8 +22,10 @@ from torch import Tensor
 
 from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate.mmvp.measure import output_path, short_labels
-from llava_genhancer.evaluate.towers import Tower, choose_device, exact_fp32, load_tower
-from llava_genhancer.evaluate.zero_shot.data import Classification, Images, Retrieval, ZeroShotSet, load_sets
+from llava_genhancer.evaluate.tower import Tower, exact_fp32
+from llava_genhancer.evaluate.towers import choose_device, load_tower
+from llava_genhancer.evaluate.zero_shot.data import Classification, Images, Retrieval, ZeroShotSet
+from llava_genhancer.evaluate.zero_shot.layouts import load_sets
 from llava_genhancer.evaluate.zero_shot.results import (
     IMAGE_RECALL,
     TEXT_RECALL,

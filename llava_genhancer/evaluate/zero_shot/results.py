@@ -100,7 +100,7 @@ class TowerAnswers:
 
     Attributes:
         tower: folder or hub id, as given; ``label`` is its short name.
-        recipe, backbone, weights: as of :class:`~llava_genhancer.evaluate.towers.Tower`.
+        recipe, backbone, weights: as of :class:`~llava_genhancer.evaluate.tower.Tower`.
     """
 
     tower: str
