@@ -78,3 +78,25 @@ def masked_recipe_of(masked_fields: dict[str, object]) -> RecipeOf:
 def recipe_of(tiny_fields: dict[str, object]) -> RecipeOf:
     """The tiny run's recipe with fields changed by name."""
     return lambda **changes: recipes.override(recipes.Recipe(), {**tiny_fields, **changes})
+
+
+FLUX_SIZE = {"vec_dim": 96, "txt_dim": 96, "denoiser_heads": 2, "denoiser_head_dim": 16}
+
+
+@pytest.fixture(scope="session")
+def flux_folder(recipe_of: RecipeOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FLUX folder for the tiny VAE, random weights in fp32."""
+    from llava_genhancer.enhance.denoisers.flow import new_transformer
+
+    folder = tmp_path_factory.mktemp("models") / "flux"
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        new_transformer(recipe_of(**FLUX_SIZE), 8).save_pretrained(folder / "transformer")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flux_of(recipe_of: RecipeOf, flux_folder: Path) -> RecipeOf:
+    """The tiny run's recipe with that FLUX, frozen in stage 1 too."""
+    fields = {**FLUX_SIZE, "denoiser_weights": str(flux_folder), "stage1.trains": "projector"}
+    return lambda **changes: recipe_of(**{**fields, **changes})

@@ -14,25 +14,6 @@ from llava_genhancer.enhance.stages import build_stage
 from llava_genhancer.enhance.targets import VaeTarget
 from llava_genhancer.errors import InputError
 
-SIZE = {"vec_dim": 96, "txt_dim": 96, "denoiser_heads": 2, "denoiser_head_dim": 16}
-
-
-@pytest.fixture(scope="module")
-def flux_folder(recipe_of, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A FLUX folder for the tiny VAE, random weights in fp32."""
-    folder = tmp_path_factory.mktemp("models") / "flux"
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        new_transformer(recipe_of(**SIZE), 8).save_pretrained(folder / "transformer")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def flux_of(recipe_of, flux_folder):
-    """The tiny run's recipe with that FLUX, frozen in stage 1 too."""
-    fields = {**SIZE, "denoiser_weights": str(flux_folder), "stage1.trains": "projector"}
-    return lambda **changes: recipe_of(**{**fields, **changes})
-
 
 def test_parameters_of_table_7() -> None:
     recipe = recipes.get_recipe("openai-l14-224-flux")
