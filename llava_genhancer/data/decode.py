@@ -51,7 +51,8 @@ def decode(data: bytes | str | os.PathLike) -> Image.Image:
                 if image.format in ("JPEG", "MPO") and _scans(content) > min(MAX_SCANS, MAX_PASSES / (width * height)):
                     raise BadImage("too many scans")
                 image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+                ImageOps.exif_transpose(image, in_place=True)  # else it copies whatever needs no turning
+                return _to_rgb(image)
     except BadImage:
         raise
     except Image.DecompressionBombError:
@@ -99,4 +100,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which copies too

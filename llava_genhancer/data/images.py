@@ -262,12 +262,10 @@ class _Files:
 
 def _folder(root: str) -> IndexedSource:
     root = os.path.abspath(root)
-    names = [
-        os.path.relpath(os.path.join(folder, name), root)
-        for folder, _, files in os.walk(root)
-        for name in files
-        if _is_image(name)
-    ]
+    names: list[str] = []
+    for folder, _, files in os.walk(root):
+        below = "" if folder == root else f"{os.path.relpath(folder, root)}/"  # per file it would take most of the time
+        names += [below + name for name in files if _is_image(name)]
     return IndexedSource(len(names), _Files(root, sorted(names)))
 
 

@@ -9,7 +9,6 @@ that was open, plus the block that was being filled.
 from __future__ import annotations
 
 import atexit
-import hashlib
 import multiprocessing
 import signal
 import warnings
@@ -25,6 +24,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from llava_genhancer.data.decode import BadImage
 from llava_genhancer.data.images import RawSample, ShardSource, Source
+from llava_genhancer.data.order import TABLE, Computed, sample_seed, shuffled
 from llava_genhancer.errors import InputError
 
 MIN_READ = 50  # images read by one reader before the share of bad ones is judged
@@ -57,17 +57,6 @@ class SkipReport:
         return {**asdict(self), "keys": [list(k) for k in self.keys]}
 
 
-def sample_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on all parts, the same on every machine."""
-    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(errors="surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def _shuffled(count: int, *seed: object) -> Tensor:
-    """A permutation; a tensor, as a list of a data set's length would take seconds and hundreds of megabytes."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(sample_seed(*seed)))
-
-
 class ImageStream(IterableDataset):
     """One reader's endless stream of ``{"image", "key", "read", "skipped"}``; use :func:`build_loader`."""
 
@@ -92,15 +81,17 @@ class ImageStream(IterableDataset):
         self.block = 0  # blocks finished this epoch
         self.position = 0  # samples of the current block already given
         self.read = self.bad = 0
+        # Whether the order of items is computed; part of the state, as it was a table for any number of them once.
+        self.computed = int(not isinstance(source, ShardSource) and len(source) > TABLE)
 
     def state_dict(self) -> dict[str, int]:
         """Where this reader stands."""
-        names = ("epoch", "unit", "offset", "block", "position", "read", "bad")
+        names = ("epoch", "unit", "offset", "block", "position", "read", "bad", "computed")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from there."""
-        for name, value in state.items():
+        for name, value in {"computed": 0, **state}.items():
             setattr(self, name, value)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -143,10 +134,12 @@ class ImageStream(IterableDataset):
     def _items(self, reader: int, readers: int) -> Iterator[RawSample]:
         """This reader's items of the epoch, by number."""
         assert not isinstance(self.source, ShardSource)
-        mine = _shuffled(len(self.source), self.seed, self.epoch)[reader::readers]
-        while self.unit < len(mine):
+        count = len(self.source)
+        order = (Computed if self.computed else shuffled)(count, self.seed, self.epoch)
+        places = range(reader, count, readers)
+        while self.unit < len(places):
             self.unit += 1
-            yield self.source.get(int(mine[self.unit - 1]))
+            yield self.source.get(int(order[places[self.unit - 1]]))
 
     def _shards(self, reader: int, readers: int) -> Iterator[RawSample]:
         """This reader's samples of the epoch, in shuffled blocks of sequentially read shards."""
@@ -154,7 +147,7 @@ class ImageStream(IterableDataset):
             block, unit, offset = self._next_block(reader, readers)
             if not block:
                 return
-            order = _shuffled(len(block), self.seed, self.epoch, reader, self.block).tolist()
+            order = shuffled(len(block), self.seed, self.epoch, reader, self.block).tolist()
             for i in range(self.position, len(order)):
                 self.position = i + 1
                 yield block[order[i]]
@@ -163,7 +156,7 @@ class ImageStream(IterableDataset):
     def _next_block(self, reader: int, readers: int) -> tuple[list[RawSample], int, int]:
         """The samples after ``unit``/``offset``, and the ``unit``/``offset`` after them."""
         assert isinstance(self.source, ShardSource)
-        order = _shuffled(len(self.source), self.seed, self.epoch).tolist()
+        order = shuffled(len(self.source), self.seed, self.epoch).tolist()
         strided = len(order) < readers
         shards = order if strided else order[reader::readers]
         block: list[RawSample] = []

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llava_genhancer import run
 from llava_genhancer.data.images import IndexedSource, RawSample, ShardSource, Source
-from llava_genhancer.data.loader import sample_seed
+from llava_genhancer.data.order import sample_seed
 from llava_genhancer.data.records import CHUNK, Layer
 from llava_genhancer.data.views import TrainView
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from llava_genhancer.data.loader import MIN_READ, SkipReport, batches_of, end_workers, sample_seed, start_worker
+from llava_genhancer.data.loader import MIN_READ, SkipReport, batches_of, end_workers, start_worker
+from llava_genhancer.data.order import sample_seed
 from llava_genhancer.errors import InputError
 from llava_genhancer.llava.conversation import check_template
 from llava_genhancer.llava.dataset import Collator, ImageView, LlavaDataset, load_image_processor

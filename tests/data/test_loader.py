@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from llava_genhancer.data.images import IndexedSource, RawSample, ShardSource, Source, open_source
-from llava_genhancer.data.loader import ImageLoader, batches_of, build_loader, check_readers, sample_seed
+from llava_genhancer.data.loader import ImageLoader, batches_of, build_loader, check_readers
+from llava_genhancer.data.order import sample_seed
 from llava_genhancer.data.views import TrainView
 from llava_genhancer.errors import InputError
 
@@ -38,9 +39,12 @@ def folder(tmp_path_factory) -> Source:
     return open_source(str(root))
 
 
-@pytest.fixture(params=["shards", "folder"])
-def source(request) -> Source:
-    return request.getfixturevalue(request.param)
+@pytest.fixture(params=["shards", "folder", "computed"])
+def source(request, monkeypatch: pytest.MonkeyPatch) -> Source:
+    """The last one is the folder in the order that large sets have."""
+    if request.param == "computed":
+        monkeypatch.setattr("llava_genhancer.data.loader.TABLE", 0)
+    return request.getfixturevalue("folder" if request.param == "computed" else request.param)
 
 
 def loader(source: Source, **options: Any) -> ImageLoader:

@@ -11,7 +11,8 @@ from torch.utils.data import default_collate
 from llava_genhancer import costs, machine, recipes, run
 from llava_genhancer.costs import frozen_backbone
 from llava_genhancer.data.images import open_source
-from llava_genhancer.data.loader import build_loader, sample_seed
+from llava_genhancer.data.loader import build_loader
+from llava_genhancer.data.order import sample_seed
 from llava_genhancer.data.records import Layer, count_images
 from llava_genhancer.data.views import TrainView
 from llava_genhancer.enhance.cache_fill import open_cache
