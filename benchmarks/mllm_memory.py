@@ -1,10 +1,11 @@
-"""Memory of an lmms-eval model against the batch's size, beside what is counted; questions per second with it.
+"""Memory of an lmms-eval model against the batch's size, beside what is counted.
 
 Every size is a process of its own: it loads a LLaVA with random weights, answers one question so that libraries have
-what they need, then asks one batch by likelihood and one in words. What that added to the process (on a GPU: to its
-tensors) stands beside the count: keys and values of all tokens, the widest layer's intermediates, the tower's, logits.
+what they need, then one batch by likelihood and one in words. What its tensors held at once stands beside the count:
+keys and values of all tokens, the widest layer's intermediates, the tower's. The whole is the process, or on a GPU all
+tensors: a C library that keeps what it freed makes the process larger than its tensors.
 
-    python benchmarks/mllm_memory.py                         # a CPU, two minutes
+    python benchmarks/mllm_memory.py                         # a CPU, a minute
     python benchmarks/mllm_memory.py --size 7b --output F    # a GPU with 40 GB
 """
 
@@ -12,14 +13,11 @@ tensors) stands beside the count: keys and values of all tokens, the widest laye
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
-import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +25,9 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import torch
-from measure import machine
+from measure import machine, peak_bytes
 from mllm_eval import LLM_7B, VIT_L, documents, requests, serve, widen, write_model
+from torch.profiler import ProfilerActivity, profile
 
 from llava_genhancer import run
 
@@ -63,51 +62,39 @@ def counted(config: Any, batch: int, tokens: int, bytes_each: int) -> int:
 # --- one size, in a process of its own ------------------------------------------------------------------------------
 
 
-def used(device: torch.device, *, peak: bool) -> int:
-    """Bytes now, or the most since :func:`forget`."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    with open("/proc/self/status") as file:
-        facts = dict(line.split(":", 1) for line in file)
-    return int(facts["VmHWM" if peak else "VmRSS"].split()[0]) * 1024
-
-
-def forget(device: torch.device) -> None:
-    """Give back what is free, and start a new peak."""
-    gc.collect()
+def tensors_peak(work: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that tensors held at once while ``work`` ran, beyond those that they held before."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        return
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(held, default=0)
 
 
 def one_size(folder: Path, batch: int, device: torch.device) -> dict[str, Any]:
     """A batch of this size, by likelihood and in words."""
     from llava_genhancer.evaluate.mllm.model import LlavaGenhancer
 
-    torch.set_num_threads(1 if device.type == "cpu" else torch.get_num_threads())
     ours = LlavaGenhancer(str(folder), device=str(device), batch_size=batch)
     docs = documents(batch)
     found: dict[str, Any] = {}
     for way in WAYS:
         ours.by_likelihood = way == "likelihood"
-        answer: Callable[[int], Any] = lambda n: serve(ours, docs[:n], requests(docs[:n], NEW_TOKENS))  # noqa: E731
-        answer(1)
-        forget(device)
-        before, started = used(device, peak=False), time.perf_counter()
-        answer(batch)
-        seconds = time.perf_counter() - started
-        peak = used(device, peak=True)
-        found[way] = {"added_bytes": peak - before, "peak_bytes": peak, "questions_per_second": batch / seconds}
+        serve(ours, docs[:1], requests(docs[:1], NEW_TOKENS))
+        found[way] = tensors_peak(lambda: serve(ours, docs, requests(docs, NEW_TOKENS)), device)
     respondent = ours.respondent
-    tokens = max(len(respondent._prompt(f"<image>\n{r.args[0]}")) for r in requests(docs, NEW_TOKENS)) + 4
-    weights = sum(p.numel() * p.element_size() for p in respondent.model.parameters())
-    each = respondent.model.dtype.itemsize
-    return found | {
-        "counted_bytes": counted(respondent.model.config, batch, tokens, each),
-        "weight_bytes": weights,
+    tokens = max(len(respondent._prompt(f"<image>\n{r.args[0]}")) for r in requests(docs, NEW_TOKENS)) + NEW_TOKENS
+    return {
+        "tensor_bytes": found,
+        "counted_bytes": counted(respondent.model.config, batch, tokens, respondent.model.dtype.itemsize),
+        "weight_bytes": sum(p.numel() * p.element_size() for p in respondent.model.parameters()),
+        "peak_bytes": peak_bytes(device),
         "tokens": tokens,
     }
 
@@ -117,13 +104,10 @@ def one_size(folder: Path, batch: int, device: torch.device) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """The result for reading."""
-    lines = [f"{'batch':>5}{'added':>14}{'in words':>14}{'counted':>14}{'questions/s':>14}{'in words':>14}"]
+    lines = ["batch    likelihood         words       counted     the whole"]
     for batch, row in result["batches"].items():
-        sizes = [row["likelihood"]["added_bytes"], row["words"]["added_bytes"], row["counted_bytes"]]
-        rates = [row[way]["questions_per_second"] for way in WAYS]
-        lines.append(
-            f"{batch:>5}" + "".join(f"{s / 2**20:>10.0f} MiB" for s in sizes) + "".join(f"{r:>14.2f}" for r in rates)
-        )
+        sizes = [*row["tensor_bytes"].values(), row["counted_bytes"], row["peak_bytes"]]
+        lines.append(f"{batch:>5}" + "".join(f"{size / 2**20:>10.0f} MiB" for size in sizes))
     return "\n".join(lines)
 
 
@@ -138,9 +122,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.folder:
-        result = one_size(args.folder, args.batches[0], device)
-        run.write_json(args.output, result)
-        return result
+        found = one_size(args.folder, args.batches[0], device)
+        run.write_json(args.output, found)
+        return found
     sizes = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_model(Path(scratch) / "llava")
@@ -153,8 +137,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     result = {"size": args.size, "batches": sizes, "machine": machine(device)}
     print(table(result))
     if args.output:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+        run.write_json(args.output, result)
     return result
 
 
