@@ -179,3 +179,26 @@ def test_sigterm_under_the_deepspeed_launcher(whole, long_fields, tmp_path) -> N
     assert "saving at the end of this step" in output, output[-3000:]
     call(command)
     same_weights(run_dir, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_masters_in_fp32_over_a_frozen_bf16_denoiser_resume_under_zero_2(precision: str, tmp_path: Path) -> None:
+    """FLUX's method, both stages: DeepSpeed gets parts of two precisions, and neither may leak into what is trained."""
+    fields = {"denoiser_dtype": "bfloat16", "precision": precision, "num_workers": 1, "sample_images": 0}
+    fields |= {"global_batch_size": 8, "per_device_batch_size": 4, "stage2.snapshot_steps": ""}
+    for stage in (1, 2):
+        fields |= {f"stage{stage}.max_steps": 30, f"stage{stage}.save_steps": 5, f"stage{stage}.warmup_steps": 0}
+    command = [*TORCHRUN, "-m", "llava_genhancer", "enhance", "tiny-flux", "--deepspeed", zero(2)]
+    command += [f"--{name}={value}" for name, value in fields.items()]
+    whole, cut = ([*command, "--output_dir", str(tmp_path / name)] for name in ("whole", "cut"))
+    call(whole)
+    for stage in ("stage1", "stage2"):
+        interrupt(cut, tmp_path / "cut", stage, 10, lambda p: os.kill(ranks(tmp_path / "cut")[1], signal.SIGKILL))
+    call(cut)
+    same_weights(tmp_path / "cut", tmp_path / "whole")
+    for stage in ("stage1", "stage2"):
+        learnt = load_file(tmp_path / "cut" / stage / "weights.safetensors")
+        assert {value.dtype for value in learnt.values()} == {torch.float32}
+        assert any(not torch.equal(value, value.bfloat16().float()) for value in learnt.values()), "no masters"
+        assert not any(name.startswith("denoiser.") for name in learnt)
