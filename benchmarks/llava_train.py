@@ -207,6 +207,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=12, help="of a training, an epoch")
     parser.add_argument("--warmup", type=int, default=2, help="steps left out at the beginning")
     parser.add_argument("--repeats", type=int, default=4, help="pairs of trainings per stage")
+    parser.add_argument("--packing", action="store_true", help="ours packs its batches; llava-torch cannot")
     parser.add_argument("--compat", metavar="PYTHON", default=str(COMPAT), help="llava-torch's environment")
     parser.add_argument("--output", metavar="JSON", help="write the figures here")
     args = parser.parse_args(argv)
@@ -227,6 +228,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "learning_rate": 1e-3,
         "max_length": 512,
         "tokens_per_image": size.tokens_per_image,
+        "packing": args.packing,
     }
     result: dict[str, Any] = {
         "format": 1,

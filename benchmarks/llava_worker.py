@@ -126,6 +126,7 @@ def ours(stage: str, folder: Path, job: dict[str, Any], output: str) -> None:
         f"{stage}.per_device_batch_size": job["batch"],
         f"{stage}.learning_rate": job["learning_rate"],
         f"{stage}.max_steps": job["steps"],
+        f"{stage}.packing": job["packing"],
     }
     train_step(recipes.override(LlavaRecipe(), fields), stage, output)
 

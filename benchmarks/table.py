@@ -76,21 +76,23 @@ def step_rows(found: dict[str, Any]) -> Iterator[Row]:
 
 
 def variant_rows(found: dict[str, Any]) -> Iterator[Row]:
-    """step_variants.py: our step beside the libraries', cached, and in the trainer."""
-    variants, floors = found["variants"], found["floors"]
-    library = variants.get("the libraries alone")
-    yield Row(
-        "stage 1, wider step", "ms", variants["ours"]["median_s"] * 1e3, library and library["median_s"] * 1e3,
-        "libraries alone", floors["ours"] * 1e3, found["peak_bytes"], ratio=library and library["ratio_to_ours"],
-    )  # fmt: skip
-    for name, row in variants.items():
-        if name not in ("ours", "the libraries alone"):
-            floor = floors.get(name)
-            yield Row(
-                f"stage 1, {name}", "ms", row["median_s"] * 1e3, variants["ours"]["median_s"] * 1e3, "ours without",
-                floor and floor * 1e3, ratio=1 / row["ratio_to_ours"],
-            )  # fmt: skip
-    yield Row("stage 1, trainer outside its parts", "%", 100 * found["trainer"]["outside_share"])
+    """step_variants.py: our step beside the libraries', beside each candidate, and in the trainer."""
+    for stage, figures in found["stages"].items():
+        variants, floors = figures["variants"], figures["floors"]
+        library = variants.get("the libraries alone", {})
+        yield Row(
+            f"stage {stage}, wider step", "ms", variants["ours"]["median_s"] * 1e3, library.get("median_s", 0) * 1e3,
+            "libraries alone", floors["ours"] * 1e3, figures["peak_bytes"], ratio=library.get("ratio_to_ours"),
+        )  # fmt: skip
+        for name, row in variants.items():
+            if name not in ("ours", "the libraries alone"):
+                floor = floors.get(name)
+                yield Row(
+                    f"stage {stage}, {name}", "ms", row["median_s"] * 1e3, variants["ours"]["median_s"] * 1e3,
+                    "ours without", floor and floor * 1e3, ratio=1 / row["ratio_to_ours"],
+                )  # fmt: skip
+        if "trainer" in figures:
+            yield Row(f"stage {stage}, trainer outside its parts", "%", 100 * figures["trainer"]["outside_share"])
 
 
 def data_rows(found: dict[str, Any]) -> Iterator[Row]:
@@ -135,6 +137,26 @@ def llava_rows(found: dict[str, Any]) -> Iterator[Row]:
         )  # fmt: skip
 
 
+def llava_variant_rows(found: dict[str, Any]) -> Iterator[Row]:
+    """llava_variants.py: padding counted, packing and cached features timed."""
+    for name, ways in found["counted"].items():
+        if "8 x" in name:
+            padded, packed = (ways[f"LLaVA's order, {way}"] for way in ("padded", "packed"))
+            yield Row(f"LLaVA {name}: padding", "%", 100 * padded["padding_share"])
+            yield Row(f"LLaVA {name}: work packed", "times padded", packed["work"])
+    packing, features = found["packing"], found["features"]
+    ours, other = (packing["variants"][name] for name in ("packed", "padded"))
+    yield Row(
+        "LLaVA finetune step, packed", "tokens/s", ours["tokens_per_second"], other["tokens_per_second"], "padded",
+        packing["floor_tokens_per_second"], packing["peak_bytes"], rate=True, ratio=1 / ours["ratio"],
+    )  # fmt: skip
+    ours, other = (features["variants"][name] for name in ("on the cache", "with the tower"))
+    yield Row(
+        "LLaVA pretrain step, features cached", "ms", ours["median_s"] * 1e3, other["median_s"] * 1e3, "with the tower",
+        features["floor_s"] * 1e3, features["peak_bytes"], ratio=1 / ours["ratio"],
+    )  # fmt: skip
+
+
 # Name: the script, its options at CPU size, and what is made of its JSON.
 BENCHMARKS: dict[str, tuple[str, list[str], Callable[[dict[str, Any]], Iterator[Row]]]] = {
     "step": ("enhance_step.py", ["--size", "tiny"], step_rows),
@@ -142,6 +164,7 @@ BENCHMARKS: dict[str, tuple[str, list[str], Callable[[dict[str, Any]], Iterator[
     "data": ("data_stream.py", ["--rounds", "6"], data_rows),
     "scaling": ("scaling.py", [], scaling_rows),
     "mllm": ("mllm_eval.py", ["--repeats", "5"], mllm_rows),
+    "llava-variants": ("llava_variants.py", ["--rounds", "4", "--samples", "20000"], llava_variant_rows),
     "llava": ("llava_train.py", ["--repeats", "1", "--compat", str(COMPAT)], llava_rows),
 }
 
