@@ -22,8 +22,14 @@ def test_an_evaluation_without_results_has_failed(
     """lmms-eval reports most errors and then ends with status 0."""
     for program, status in (("true", 0), ("false", 1)):
         monkeypatch.setattr("sys.executable", shutil.which(program))
-        with pytest.raises(InputError, match=f"ended with status {status} and 0 results"):
+        with pytest.raises(InputError, match=f"ended with status {status} and 0 results of genhancer: .* --data DIR"):
             evaluate([str(llava_folders)], tmp_path / "out")
+    killed = tmp_path / "killed"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(killed))
+    with pytest.raises(InputError, match="was killed, most often because memory ran out: lower --batch_size"):
+        evaluate([str(llava_folders)], tmp_path / "out")
     assert not list(tmp_path.rglob("provenance.json"))
 
 

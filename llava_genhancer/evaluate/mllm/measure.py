@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -101,8 +102,13 @@ def _call(words: Sequence[str], output: Path, tasks: str, data: str | Path | Non
     before = set(output.rglob(f"*{RESULTS}"))
     status = subprocess.run(words, env=environment).returncode
     new = set(output.rglob(f"*{RESULTS}")) - before
+    if status == -signal.SIGKILL:
+        raise InputError("lmms-eval was killed, most often because memory ran out: lower --batch_size")
     if status or not new:
-        raise InputError(f"lmms-eval ended with status {status} and {len(new)} results: the lines above say why")
+        raise InputError(
+            f"lmms-eval ended with status {status} and {len(new)} results of {tasks}: the lines above say why. Without "
+            "a network --data DIR names local copies of the data; `lmms-eval --tasks list` lists the tasks"
+        )
     results = read_json(max(new))
     known = {*results["results"], *results.get("group_subtasks", ())}
     if missing := [task for task in tasks.split(",") if task not in known]:
