@@ -49,6 +49,7 @@ def convert(
     activation: str | None = None,
     head_width: int | None = None,
     dtype: str = "float32",
+    overwrite: bool = False,
     facts: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Write ``source`` in another format.
@@ -57,14 +58,15 @@ def convert(
         source: a weight file (``.pt``, ``.pth``, ``.bin``, ``.safetensors``) in OpenAI's or open_clip's layout; a
             folder or hub id in open_clip's or transformers' format; or one inside a hub repository
             (``hf://owner/name/folder``).
-        output_dir: a new folder, or one of ours to write again.
+        output_dir: a new folder.
         to: "hf" (a tower for training, evaluation and LLaVA), "open_clip" or "openai" (one ``.pt`` file).
         like: a model of the same architecture that says what ``source`` lacks: a folder or hub id in transformers' or
             open_clip's format (also its tokenizer and image processor), or the name of one of open_clip's models.
         activation: "quick_gelu" or "gelu", where neither the weights nor ``like`` say.
         head_width: width of a head of the vision tower, where it is unusual.
-        facts: more for the marker file.
         dtype: of the weights; float32 holds every format exactly. OpenAI's own files are float16.
+        overwrite: replace what was exported or converted to ``output_dir`` before.
+        facts: more for the marker file.
 
     Returns:
         ``output_dir``.
@@ -78,8 +80,9 @@ def convert(
     if activation not in (None, "quick_gelu", "gelu"):
         raise InputError(f"--activation {activation} is unknown: choose quick_gelu or gelu")
     output_dir = Path(output_dir).expanduser()
-    if output_dir.exists() and any(output_dir.iterdir()) and not is_tower(output_dir):
-        raise InputError(f"{output_dir} is not empty: choose another --output_dir")
+    if output_dir.exists() and any(output_dir.iterdir()) and not (overwrite and is_tower(output_dir)):
+        way_out = ", or add --overwrite" if is_tower(output_dir) else ""
+        raise InputError(f"{output_dir} is not empty: choose another --output_dir{way_out}")
     given = hf.local(os.path.expanduser(source))
     like = hf.local(os.path.expanduser(like)) if like else None
     quick = None if activation is None else activation == "quick_gelu"

@@ -76,7 +76,7 @@ def tower_folder(name: str) -> str:
         folder = _cache() / name.replace(":", "-")
         if not is_tower(folder):
             facts = {"method": release.method, "backbone": name.split(":")[1]}
-            convert(release.path, folder, like=release.like, facts=facts)
+            convert(release.path, folder, like=release.like, facts=facts, overwrite=True)  # by another process, maybe
         return str(folder)
     path = Path(name).expanduser()
     if path.suffix in SUFFIXES and path.is_file():
@@ -84,7 +84,7 @@ def tower_folder(name: str) -> str:
         key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
         folder = _cache() / f"{path.stem}-{key}"
         try:
-            return str(folder if is_tower(folder) else convert(str(path), folder))
+            return str(folder if is_tower(folder) else convert(str(path), folder, overwrite=True))
         except InputError as error:
             raise InputError(f"{error} (of `llava-genhancer convert {name} --output_dir DIR`)") from None
     return hf.local(name)

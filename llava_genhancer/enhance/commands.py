@@ -55,6 +55,7 @@ def add_verbs(verbs: Verbs) -> None:
     sub.add_argument("--activation", help="quick_gelu or gelu, where neither the weights nor --like say")
     sub.add_argument("--head_width", type=int, help="of the vision tower's attention heads, where it is unusual")
     sub.add_argument("--dtype", default="float32", help="float32 (default, exact), float16 or bfloat16")
+    sub.add_argument("--overwrite", action="store_true", help="replace another tower in DIR")
 
 
 def chosen_recipe(name: str | None, config: str | None, fields: Mapping[str, str]) -> recipes.Recipe:
@@ -134,5 +135,6 @@ def _convert(args: Any) -> None:
         activation=args.activation,
         head_width=args.head_width,
         dtype=args.dtype,
+        overwrite=args.overwrite,
     )
     print(f"done: {folder}")

@@ -235,8 +235,25 @@ def test_what_cannot_be_known_or_held_is_refused(make_clip, tmp_path):
     refused("positional_embedding", file="grid.pt", activation="gelu")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("x")
-    with pytest.raises(InputError, match="is not empty"):
-        convert(str(tmp_path / "weights.pt"), tmp_path / "out", activation="gelu")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"is not empty: choose another --output_dir$"):
+            convert(str(tmp_path / "weights.pt"), tmp_path / "out", activation="gelu", overwrite=overwrite)
+
+
+@pytest.mark.parametrize("to", ["hf", "open_clip"])
+def test_an_earlier_tower_is_replaced_when_asked_for(make_clip, tmp_path, to):
+    _, model = make_clip()
+    towers = []
+    for scale, name in enumerate(("first.pt", "second.pt")):
+        torch.save({**model.state_dict(), "logit_scale": torch.tensor(float(scale))}, tmp_path / name)
+        towers.append(convert(str(tmp_path / name), tmp_path / name[:-3], to=to, activation="quick_gelu"))
+    weights = "model.safetensors" if to == "hf" else "open_clip_model.safetensors"
+    first, second = ((tower / weights).read_bytes() for tower in towers)
+    options = {"to": to, "activation": "quick_gelu"}
+    with pytest.raises(InputError, match="is not empty: choose another --output_dir, or add --overwrite"):
+        convert(str(tmp_path / "second.pt"), towers[0], **options)
+    assert (towers[0] / weights).read_bytes() == first != second
+    assert (convert(str(tmp_path / "second.pt"), towers[0], **options, overwrite=True) / weights).read_bytes() == second
 
 
 def test_models_that_pool_otherwise_stay_in_open_clips_format(make_clip, tmp_path):
