@@ -20,10 +20,10 @@ BF16 = {"precision": "bf16"}
 # Largest |weight - one rank's| after two steps; bf16 models drift by what bf16 resolves.
 RUNS = [
     ("ddp-items", "finetune", None, {"normalise_loss": "items"}, 1e-5),
-    ("ddp-packed", "finetune", None, {"finetune.packing": True}, 1e-5),
     ("zero2-pretrain", "pretrain", 2, {}, 1e-5),
     ("zero2-lora-bf16", "finetune", 2, {**LORA, **BF16}, 2e-2),
     ("zero3-lora", "finetune", 3, LORA, 1e-5),
+    ("zero3-packed", "finetune", 3, {"finetune.packing": True}, 1e-5),
     ("zero3-bf16", "finetune", 3, BF16, 1e-2),
 ]
 RESUMED = (

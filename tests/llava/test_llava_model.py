@@ -102,6 +102,37 @@ def test_packed_samples_give_the_loss_and_gradients_of_padded_ones(llava_fields,
         packed.train().language_model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
+def test_flash_attention_is_told_where_samples_end(llava_fields, monkeypatch) -> None:
+    """Its kernel needs a GPU; in its place, with its arguments, attention by the book, one sample at a time."""
+    from transformers import modeling_flash_attention_utils as library
+
+    bounds = []
+
+    def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal):
+        assert causal and dropout_p == 0 and cu_seqlens_q.dtype == torch.int32  # noqa: PT018
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+        assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
+        bounds.append(cu_seqlens_q.tolist())
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # grouped queries
+        out = torch.zeros_like(q)
+        for start, end in zip(bounds[-1], bounds[-1][1:], strict=False):
+            scores = torch.einsum("ihd,jhd->hij", q[start:end], k[start:end]) * softmax_scale
+            scores = scores.masked_fill(torch.ones_like(scores[0]).triu(1).bool(), float("-inf"))
+            out[start:end] = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v[start:end])
+        return out
+
+    model = build_llava(recipe_from(llava_fields, attention="sdpa"), "finetune")
+    inputs = batch(model, [1, 0, 2], [9, 14, 12])
+    expected = model(**inputs)
+    monkeypatch.setattr(library, "_loaded_implementation", None)
+    monkeypatch.setattr(library, "_lazy_imports", lambda *args, **kwargs: (None, kernel, None, None, None))
+    model.language_model.config._attn_implementation = "flash_attention_2"
+    row = pack(inputs)
+    assert torch.allclose(model(**row), expected, rtol=1e-5, atol=0)
+    ends = [0, *torch.tensor(row["lengths"]).cumsum(0).tolist()]
+    assert bounds == [ends] * model.config.text_config.num_hidden_layers
+
+
 def test_a_window_shorter_than_a_sample_is_not_packed(llava_fields, tiny_llama, tmp_path) -> None:
     shutil.copytree(tiny_llama, tmp_path / "llm")
     config = json.loads((tmp_path / "llm" / "config.json").read_text())
