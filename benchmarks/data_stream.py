@@ -2,8 +2,9 @@
 
 Tar shards of JPEGs go through decode, RandomResizedCrop and both normalisations (the backbone's and the VAE's) in one
 process without workers, as one data worker does it. The two take turns, some batches each, so that other work on the
-machine meets both. Then our stream reads 1, 10, 100 and 1 000 shards of the same images, and lists of up to a million
-samples are opened: memory and start-up must not grow with them.
+machine meets both. Then our stream reads 1, 10, 100 and 1 000 shards of the same images, and lists of up to a hundred
+million samples begin: memory and start-up must not grow with them. Last, what opening a source of each kind takes in
+CPU time, which is little but for those that must be listed (a folder) or read through (a JSON).
 
     python benchmarks/data_stream.py                       # about a minute
 """
@@ -124,8 +125,19 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Median CPU time of three calls after a first: nothing waits here, and other work does not show."""
+    work()
+    seconds = []
+    for _ in range(3):
+        started = time.process_time()
+        work()
+        seconds.append(time.process_time() - started)
+    return statistics.median(seconds)
+
+
 def start_up(folder: Path, size: int, counts: tuple[int, ...]) -> dict[str, float]:
-    """Seconds from a source of so many samples to its first batch."""
+    """CPU seconds from a source of so many samples to its first batch."""
     first = next(iter(ShardSource(sorted(map(str, folder.glob("*.tar")))).read(0)))
 
     def get(index: int) -> RawSample:
@@ -134,7 +146,44 @@ def start_up(folder: Path, size: int, counts: tuple[int, ...]) -> dict[str, floa
     def begin(count: int) -> None:
         next(iter(build_loader(IndexedSource(count, get), TrainView(size), batch_size=BATCH)))
 
-    return {str(n): statistics.median(timed(lambda n=n: begin(n), CPU, repeats=3, warmup=1)) for n in counts}  # type: ignore[misc]
+    return {str(n): cpu_seconds(lambda n=n: begin(n)) for n in counts}  # type: ignore[misc]
+
+
+def opening(folder: Path, counts: tuple[int, ...]) -> dict[str, dict[str, float]]:
+    """CPU seconds to open a source of so many samples (of tar shards: so many shards), by kind."""
+    import datasets
+
+    shard = next(folder.glob("*.tar"))
+    image = next(iter(ShardSource([str(shard)]).read(0))).data
+    assert isinstance(image, bytes)
+    datasets.disable_progress_bars()
+    found: dict[str, dict[str, float]] = {}
+    for count in counts:
+        with tempfile.TemporaryDirectory() as place:
+            root = Path(place)
+            names = [f"{i // 1000:04}/{i:08}.jpg" for i in range(count)]
+            for part in ("tar", "saved", *sorted({f"images/{name[:4]}" for name in names})):
+                (root / part).mkdir(parents=True)
+            (root / "one.jpg").write_bytes(image)
+            for i, name in enumerate(names):
+                os.symlink(shard, root / "tar" / f"{i:08}.tar")
+                os.symlink(root / "one.jpg", root / "images" / name)
+            talk = [{"from": "human", "value": "<image>\n" + "word " * 20}, {"from": "gpt", "value": "word " * 60}]
+            entries = [{"id": name, "image": name, "conversations": talk * 2} for name in names]
+            (root / "llava.json").write_text(json.dumps(entries))
+            rows = [{"bytes": content, "path": None} for content in (image, *[b"x"] * (count - 1))]  # one is decoded
+            features = datasets.Features({"image": datasets.Image()})
+            datasets.Dataset.from_dict({"image": rows}, features).save_to_disk(str(root / "saved"))
+            sources = {
+                "tar shards": ("tar", None),
+                "saved dataset": ("saved", None),
+                "folder": ("images", None),
+                "LLaVA JSON": ("llava.json", str(root / "images")),
+            }
+            for kind, (name, images) in sources.items():
+                seconds = cpu_seconds(lambda path=str(root / name), images=images: open_source(path, images))  # type: ignore[misc]
+                found.setdefault(kind, {})[str(count)] = seconds
+    return found
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -143,7 +192,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 10, 100, 1000])
-    parser.add_argument("--samples", type=int, nargs="+", default=[1_000, 100_000, 1_000_000])
+    parser.add_argument("--samples", type=int, nargs="+", default=[1_000, 1_000_000, 100_000_000])
+    parser.add_argument("--opened", type=int, nargs="+", default=[1_000, 20_000])
     parser.add_argument("--output", metavar="JSON")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -154,6 +204,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         result["floor"] = decode_floor(folder, args.size)
         result["resident_bytes_by_shards"] = memory_by_shards(folder, args.size, tuple(args.shards))
         result["start_up_s_by_samples"] = start_up(folder, args.size, tuple(args.samples))
+        result["open_s_by_kind"] = opening(folder, tuple(args.opened))
     result |= {"image_size": args.size, "machine": machine(CPU), "peak_bytes": peak_bytes(CPU)}
     for name, rate in result["per_worker"].items():
         print(f"{name:28}{rate:8.1f} images/s a worker, {rate / result['floor']:.0%} of what decoding alone allows")
@@ -161,7 +212,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for name, size in result["resident_bytes_by_shards"].items():
         print(f"{name:>5} shards: {size / 2**20:.0f} MiB resident")
     for name, seconds in result["start_up_s_by_samples"].items():
-        print(f"{name:>8} samples: first batch after {seconds * 1e3:.0f} ms")
+        print(f"{name:>9} samples: first batch after {seconds * 1e3:.0f} ms of CPU time")
+    for kind, counts in result["open_s_by_kind"].items():
+        print(f"{kind}: open after " + ", ".join(f"{s * 1e3:.0f} ms ({n})" for n, s in counts.items()))
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(json.dumps(result, indent=1) + "\n")

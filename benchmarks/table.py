@@ -106,6 +106,9 @@ def data_rows(found: dict[str, Any]) -> Iterator[Row]:
         yield Row(f"data, resident with {shards} shards", "MiB", size / 2**20)
     for samples, seconds in found["start_up_s_by_samples"].items():
         yield Row(f"data, first batch of {int(samples):,} samples", "ms", seconds * 1e3)
+    for kind, counts in found.get("open_s_by_kind", {}).items():
+        for count, seconds in counts.items():
+            yield Row(f"data, {int(count):,} in {kind}: open", "ms", seconds * 1e3)
 
 
 def scaling_rows(found: dict[str, Any]) -> Iterator[Row]:
@@ -125,6 +128,16 @@ def mllm_rows(found: dict[str, Any]) -> Iterator[Row]:
         if name != other:
             rate, times = way["questions_per_second"], found["times_llava_hf"][name]
             yield Row(f"MLLM, {name}", "questions/s", rate, theirs, "llava_hf", rate=True, ratio=times)
+
+
+def mllm_memory_rows(found: dict[str, Any]) -> Iterator[Row]:
+    """mllm_memory.py: a batch's tensors at their peak beside what is counted."""
+    for batch, row in found["batches"].items():
+        for way, size in row["tensor_bytes"].items():
+            counted = row["counted_bytes"] / 2**20
+            yield Row(
+                f"MLLM's memory, {way}, batch {batch}", "MiB", size / 2**20, floor=counted, peak_bytes=row["peak_bytes"]
+            )
 
 
 def llava_rows(found: dict[str, Any]) -> Iterator[Row]:
@@ -164,6 +177,7 @@ BENCHMARKS: dict[str, tuple[str, list[str], Callable[[dict[str, Any]], Iterator[
     "data": ("data_stream.py", ["--rounds", "6"], data_rows),
     "scaling": ("scaling.py", [], scaling_rows),
     "mllm": ("mllm_eval.py", ["--repeats", "5"], mllm_rows),
+    "mllm-memory": ("mllm_memory.py", [], mllm_memory_rows),
     "llava-variants": ("llava_variants.py", ["--rounds", "4", "--samples", "20000"], llava_variant_rows),
     "llava": ("llava_train.py", ["--repeats", "1", "--compat", str(COMPAT)], llava_rows),
 }

@@ -35,7 +35,7 @@ def test_recorded_results_make_a_table(tmp_path: Path) -> None:
     from table import HEAD, main, table
 
     recorded = {"step": "cpu-tiny", "mllm": "mllm-eval-cpu-tiny", "llava": "cpu-llava-train", "data": "cpu-data-stream"}
-    recorded |= {"variants": "cpu-step-variants"}
+    recorded |= {"variants": "cpu-step-variants", "mllm-memory": "mllm-memory-cpu-small"}
     for name, file in recorded.items():
         (tmp_path / f"{name}.json").write_text((ROOT / "benchmarks" / "results" / f"{file}.json").read_text())
     lines = table(tmp_path).splitlines()
@@ -88,7 +88,7 @@ def test_step_variants_compute_the_same(capsys: pytest.CaptureFixture, monkeypat
 def test_data_stream_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     import data_stream
 
-    options = ["--size", "32", "--rounds", "1", "--shards", "1", "5", "--samples", "20", "2000"]
+    options = ["--size", "32", "--rounds", "1", "--shards", "1", "5", "--samples", "20", "2000", "--opened", "5"]
     result = data_stream.main([*options, "--output", str(tmp_path / "out.json")])
     assert json.loads((tmp_path / "out.json").read_text())["ratio"] == result["ratio"]
     assert set(result["resident_bytes_by_shards"]) == {"1", "5"}
@@ -107,3 +107,4 @@ def test_both_normalisations_are_trainings_own(tiny_clip: Path, tiny_vae: Path) 
     backbone = VisionBackbone(CLIPModel.from_pretrained(tiny_clip), list(MEAN), list(STD))
     assert torch.equal(eye, backbone.normalise(images))
     assert torch.equal(vae, images.float() / 127.5 - 1)
+    assert set(result["open_s_by_kind"]) == {"tar shards", "saved dataset", "folder", "LLaVA JSON"}

@@ -35,3 +35,16 @@ def test_tiny(benchmark, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert result["same_words_as_llava_hf"] == 1
     assert result["same_answer_in_batches"]
     assert "likelihood, batch 3" in capsys.readouterr().out
+
+
+def test_a_batch_takes_the_memory_that_is_counted(benchmark, tmp_path: Path) -> None:
+    """Of tensors; were the tower's layers held while the language model reads, it would be a quarter more."""
+    import mllm_memory
+    import torch
+
+    folder = benchmark.write_model(tmp_path / "llava")
+    benchmark.widen(folder, *mllm_memory.SHAPES["small"])
+    found = mllm_memory.one_size(folder, 2, torch.device("cpu"))
+    assert 1 <= found["tensor_bytes"]["likelihood"] / found["counted_bytes"] < 1.1
+    assert 1 <= found["tensor_bytes"]["words"] / found["counted_bytes"] < 1.2
+    assert "MiB" in mllm_memory.table({"batches": {"2": found}})
