@@ -89,7 +89,7 @@ def cut(encoded: Encoded, tokens_per_image: int, max_length: int) -> Encoded:
 class LlavaDataset(Dataset):
     """``{"input_ids", "labels": int64 (L,), "images": float32 (n, 3, H, W) or None, "key"}`` and what was skipped.
 
-    With ``features`` set, images are what that says of them: (n, P, C).
+    With ``features`` set, images are what that says of them: (n, T, C).
 
     A sample that cannot be used gives way to the next one of its kind (with or without images), so that batches keep
     their modality; ``skipped`` lists (key, reason) of what gave way, ``truncated`` says whether the end is missing.

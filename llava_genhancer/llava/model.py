@@ -1,7 +1,7 @@
 """LLaVA: a frozen vision tower, a two-layer projector, a causal language model; what learns in which step.
 
-Legend: B batch, L tokens with images expanded, V vocabulary, N images, P patches of an image, C width of the
-tower, D width of the language model.
+Legend: B batch, L tokens with images expanded, V vocabulary, N images, P patches of an image, T tokens of the
+tower, C its width, D the language model's.
 
 The three parts are transformers' own classes, held side by side: the vocabulary is not widened in training, and their
 names are those of ``LlavaForConditionalGeneration``'s checkpoints. Image positions carry ``IMAGE_TOKEN_INDEX`` in
@@ -65,14 +65,21 @@ class Llava(nn.Module):
 
     @torch.no_grad()
     def tower_features(self, pixel_values: Tensor) -> Tensor:
-        """What the frozen tower says of images (N, 3, H, W): (N, P, C)."""
+        """What the frozen tower says of images (N, 3, H, W): the selected hidden state (N, T, C), CLS and all."""
         seen = self.vision_tower(pixel_values.to(self.vision_tower.dtype), output_hidden_states=True)
-        patches = seen.hidden_states[self.config.vision_feature_layer]
-        return patches[:, 1:] if self.config.vision_feature_select_strategy == "default" else patches
+        return seen.hidden_states[self.config.vision_feature_layer]
+
+    @property
+    def features_shape(self) -> tuple[int, int]:
+        """T and C of :meth:`tower_features`."""
+        skipped = self.config.vision_feature_select_strategy == "default"
+        return self.config.image_seq_length + skipped, self.config.vision_config.hidden_size
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
-        """Images (N, 3, H, W), or where ``vision_tower`` is None what it said of them (N, P, C), as (N, P, D)."""
+        """Images (N, 3, H, W), or where ``vision_tower`` is None what it said of them (N, T, C), as (N, P, D)."""
         patches = pixel_values if self.vision_tower is None else self.tower_features(pixel_values)
+        if self.config.vision_feature_select_strategy == "default":
+            patches = patches[:, 1:]
         return self.multi_modal_projector(patches.to(self.multi_modal_projector.linear_1.weight.dtype))
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
@@ -84,9 +91,8 @@ class Llava(nn.Module):
         is_image = input_ids == IMAGE_TOKEN_INDEX
         embeddings = self.language_model.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         if pixel_values is None:
-            vision = self.config.vision_config
-            image = (3, vision.image_size, vision.image_size)
-            shape = image if self.vision_tower is not None else (self.config.image_seq_length, vision.hidden_size)
+            side = self.config.vision_config.image_size
+            shape = (3, side, side) if self.vision_tower is not None else self.features_shape
             empty = torch.zeros(1, *shape, device=input_ids.device)
             return embeddings + 0 * self.image_features(empty).sum().to(embeddings.dtype)
         features = self.image_features(pixel_values).to(embeddings.dtype)

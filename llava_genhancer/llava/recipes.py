@@ -46,8 +46,8 @@ class LlavaStep:
     )
     cache_features: bool = option(
         False,
-        "what the frozen tower says of each image is computed once and kept on disk (its cost is logged first; 658 GB "
-        "for LLaVA's 558 000 images): for several epochs, or trainings that share it (ours)",
+        "what the frozen tower says of each image is computed once and kept on disk (its cost is logged first; 659 GB "
+        "for LLaVA's 558 000 images): pays for small language models, several epochs, sweeps (ours)",
     )
     save_steps: int = option(1_000, "steps between checkpoints (LLaVA: 24 000, none in practice)")
     log_steps: int = option(1, "steps between log entries")

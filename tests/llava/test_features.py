@@ -85,15 +85,21 @@ def test_a_training_on_the_cache_is_the_one_without(llava_fields, data, tmp_path
     assert run.read_json(again / "result.json")["weights_sha256"] == results[True]["weights_sha256"]
 
 
-def test_bf16_features_are_what_autocast_gives_the_projector(llava_fields, data, tmp_path) -> None:
-    cache, model = opened(recipe_from(llava_fields, data, precision="bf16"), tmp_path)
-    view = build_loader(cache_recipe := recipe_from(llava_fields, data), cache_recipe.finetune, cache.images.samples)
-    pixels = view.dataset.view(Image.open(data["images"] / "5.png"))[None]
-    assert cache("5.png").dtype == torch.bfloat16
-    with torch.autocast("cpu", torch.bfloat16):
-        plain = model.image_features(pixels)
+@pytest.mark.parametrize("deepspeed", [False, True])
+def test_bf16_features_give_what_the_tower_gives(llava_fields, data, tmp_path, deepspeed) -> None:
+    """Under autocast, and all in bf16 without it, where even the layout of the projector's input shows."""
+    recipe = recipe_from(llava_fields, data, precision="bf16")
+    loader = build_loader(recipe, recipe.finetune, read_samples(data["data"], data["images"]))
+    model = build_llava(recipe, "finetune", bf16_everywhere=deepspeed)
+    cache = open_features(recipe, "finetune", tmp_path, loader.dataset, model, CPU, autocast=not deepspeed)
+    names = ["5.png", "17.png", "2.png"]
+    views = [loader.dataset.view(Image.open(data["images"] / name).convert("RGB")) for name in names]
+    features = torch.stack([cache(name) for name in names])
+    assert features.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16, enabled=not deepspeed):
+        plain = model.image_features(torch.stack(views))
         model.vision_tower = None
-        assert torch.equal(model.image_features(cache("5.png")[None]), plain)
+        assert torch.equal(model.image_features(features), plain)
 
 
 def test_a_batch_without_images_needs_no_tower(llava_fields, data) -> None:
@@ -188,7 +194,7 @@ def test_a_disk_too_small_is_refused_with_the_need(llava_fields, data, tmp_path,
     words = r"the cache needs 0\.0 GiB and .* choose --cache_folder on another disk, or --finetune.cache_features false"
     with caplog.at_level("INFO"), pytest.raises(InputError, match=words):
         opened(recipe_from(llava_fields, data), tmp_path)
-    assert "16 images x 2.0 KiB" in caplog.text
+    assert "16 images x 2.1 KiB" in caplog.text
 
 
 def test_two_ranks_write_a_share_each(llava_fields, data, tmp_path, monkeypatch) -> None:
