@@ -167,7 +167,7 @@ def opening(folder: Path, counts: tuple[int, ...]) -> dict[str, dict[str, float]
             (root / "one.jpg").write_bytes(image)
             for i, name in enumerate(names):
                 os.symlink(shard, root / "tar" / f"{i:08}.tar")
-                os.symlink(root / "one.jpg", root / "images" / name)
+                os.link(root / "one.jpg", root / "images" / name)
             talk = [{"from": "human", "value": "<image>\n" + "word " * 20}, {"from": "gpt", "value": "word " * 60}]
             entries = [{"id": name, "image": name, "conversations": talk * 2} for name in names]
             (root / "llava.json").write_text(json.dumps(entries))

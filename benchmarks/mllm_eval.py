@@ -179,7 +179,10 @@ def measure(folder: Path, docs: list[dict[str, Any]], args: argparse.Namespace, 
     rates = {name: len(docs) / statistics.median(times) for name, times in seconds.items()}
     return {
         "ways": {name: summary(times) | {"questions_per_second": rates[name]} for name, times in seconds.items()},
-        "times_llava_hf": {name: rate / rates[THEIRS] for name, rate in rates.items()},
+        "times_llava_hf": {  # of each turn: what else the machine did then, both met
+            name: statistics.median(b / a for a, b in zip(times, seconds[THEIRS], strict=True))
+            for name, times in seconds.items()
+        },
         "same_words_as_llava_hf": sum(same) / len(same),
         "same_answer_in_batches": all(answers == chosen[0] for answers in chosen),
         "letters_a_reply": statistics.mean(map(len, replies[THEIRS])),

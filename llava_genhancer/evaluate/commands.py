@@ -69,7 +69,9 @@ def add_verbs(verbs: Verbs) -> None:
     sub.add_argument("--labels", nargs="+", help="a name for each; the report compares with the one called original")
     sub.add_argument("--tasks", default="genhancer", help="lmms-eval's, comma-separated (default: all of Table 2)")
     sub.add_argument("--data", metavar="DIR", help="local copies of the data sets: DIR/<organisation>/<name>")
-    sub.add_argument("--batch_size", type=int, default=1)
+    sub.add_argument(
+        "--batch_size", type=int, default=1, help="questions at a time; fewer where memory ends (default: 1)"
+    )
     sub.add_argument("--processes", type=int, help="GPUs to spread the questions over (default: all that are here)")
     sub.add_argument("--limit", type=int, help="only the first so many questions of each task")
     sub.add_argument("--model_args", default="", help="more for our lmms-eval model, for example answer=generate")

