@@ -93,6 +93,7 @@ def test_data_stream_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     assert json.loads((tmp_path / "out.json").read_text())["ratio"] == result["ratio"]
     assert set(result["resident_bytes_by_shards"]) == {"1", "5"}
     assert set(result["start_up_s_by_samples"]) == {"20", "2000"}
+    assert set(result["open_s_by_kind"]) == {"tar shards", "saved dataset", "folder", "LLaVA JSON"}
     assert "images/s a worker" in capsys.readouterr().out
 
 
@@ -107,4 +108,3 @@ def test_both_normalisations_are_trainings_own(tiny_clip: Path, tiny_vae: Path) 
     backbone = VisionBackbone(CLIPModel.from_pretrained(tiny_clip), list(MEAN), list(STD))
     assert torch.equal(eye, backbone.normalise(images))
     assert torch.equal(vae, images.float() / 127.5 - 1)
-    assert set(result["open_s_by_kind"]) == {"tar shards", "saved dataset", "folder", "LLaVA JSON"}
