@@ -18,9 +18,9 @@ from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate.tower import Tower
 from llava_genhancer.evaluate.towers import load_tower
 from llava_genhancer.evaluate.zero_shot import measure as zero_shot
-from llava_genhancer.evaluate.zero_shot.prompts import set_name, templates_of
-from llava_genhancer.evaluate.zero_shot.layouts import load_sets
 from llava_genhancer.evaluate.zero_shot.data import Classification, Retrieval
+from llava_genhancer.evaluate.zero_shot.layouts import load_sets
+from llava_genhancer.evaluate.zero_shot.prompts import set_name, templates_of
 from llava_genhancer.evaluate.zero_shot.results import (
     IMAGE_RECALL,
     TEXT_RECALL,

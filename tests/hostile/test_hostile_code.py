@@ -21,8 +21,8 @@ from llava_genhancer.chain.running import words_of
 from llava_genhancer.chain.steps import Choices, plan
 from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate.markdown import code, table, text
-from llava_genhancer.evaluate.report.html import page
 from llava_genhancer.evaluate.report import gallery
+from llava_genhancer.evaluate.report.html import page
 from llava_genhancer.tower.export import MARKER, verify_tower
 
 PACKAGE = Path(llava_genhancer.__file__).parent
