@@ -9,7 +9,8 @@ import signal
 import tarfile
 from pathlib import Path
 
-from world import Outcome, arguments, ended, hashes, kill, mount, mounts, newest, small_disk, started, wait_for
+from processes import ended, kill, started, wait_for
+from world import Outcome, arguments, hashes, mount, mounts, newest, small_disk
 
 from llava_genhancer import run
 
@@ -30,8 +31,10 @@ def run_family(work: Path, *, seed: int, total: int) -> list[Outcome]:
     for launcher in ("plain", "torchrun"):
         ended(started(launcher, stage(work / launcher / "whole"), work / launcher / "whole.log"))
         for row, damage in zip(rows, (cut, flip), strict=False):
-            damaged(launcher, damage, work / launcher, row, rng)
-    weights(work / "plain", rows[2], rng)
+            with row.complaints():
+                damaged(launcher, damage, work / launcher, row, rng)
+    with rows[2].complaints():
+        weights(work / "plain", rows[2], rng)
     return [*rows, *vanished(work / "shards"), *read_only(work / "read-only")]
 
 
@@ -53,15 +56,19 @@ def flip(path: Path, rng: random.Random) -> None:
     path.write_bytes(data)
 
 
+def stopped(launcher: str, command: list[str], log: Path, stage_dir: Path, step: int) -> None:
+    """Start, and stop politely once the checkpoint of that step is there."""
+    job = started(launcher, command, log)
+    wait_for(job, lambda: newest(stage_dir) >= step)
+    kill(job.process.pid, signal.SIGTERM)
+    ended(job)
+
+
 def damaged(launcher: str, damage, work: Path, row: Outcome, rng: random.Random) -> None:
     """Stop a run, damage a drawn file of its newest checkpoint, go on."""
     row.tried += 1
     run_dir, log = work / damage.__name__, work / f"{damage.__name__}.log"
-    job = started(launcher, stage(run_dir), log)
-    wait_for(job, lambda: newest(run_dir / "stage1") >= 15)
-    kill(job.process.pid, signal.SIGTERM)
-    job.wait()
-    job.end()
+    stopped(launcher, stage(run_dir), log, run_dir / "stage1", 15)
     last = run.last_complete_checkpoint(run_dir / "stage1")
     if not row.check(last is not None, f"{launcher}: no checkpoint to damage"):
         return
@@ -100,41 +107,35 @@ def weights(work: Path, row: Outcome, rng: random.Random) -> None:
 
 
 def vanished(work: Path) -> list[Outcome]:
-    """Shards that go while they are read, and between two starts."""
+    """Shards that go between two starts, and while they are read."""
+    between = Outcome("damage", "a shard is gone on resume", "refused in one line; put back, same weights", tried=1)
     reading = Outcome(
         "damage", "a shard vanishes while it trains", "its name in the report of what was skipped", tried=1
     )
-    between = Outcome("damage", "a shard is gone on resume", "refused in one line; put back, same weights", tried=1)
-    shards = small_shards(work / "data")
-    victim, elsewhere = shards[-1], work / "victim.tar"
+    victim, elsewhere = small_shards(work / "data")[-1], work / "victim.tar"
     data = [f"--data={work / 'data'}", "--shuffle_block=20"]
-
-    log = work / "log"
-    whole = ended(started("plain", [*stage(work / "whole"), *data], log))
-    between.check(whole.process.returncode == 0, f"the run beside it: {whole.lines()}")
-    command = [*stage(work / "run"), *data]
-    job = started("plain", command, log)
-    wait_for(job, lambda: newest(work / "run" / "stage1") >= 10)
-    kill(job.process.pid, signal.SIGTERM)
-    job.wait()
-    job.end()
-    victim.rename(elsewhere)
-    refused = ended(started("plain", command, log))
-    between.check(refused.process.returncode == 2 and len(refused.lines()) == 1, f"said {refused.lines()}")
-    elsewhere.rename(victim)
-    again = ended(started("plain", command, log))
-    between.check(again.process.returncode == 0, f"did not go on: {again.lines()}")
-    same = hashes(work / "run", ("stage1",)) == hashes(work / "whole", ("stage1",))
-    between.check(same, "other weights in the end")
-
-    log, run_dir = work / "reading.log", work / "reading"
-    job = started("plain", [*stage(run_dir, 3 * STEPS), *data], log)
-    wait_for(job, lambda: newest(run_dir / "stage1") >= 5)
-    victim.rename(elsewhere)  # some passes are still to come
-    reading.check(job.wait() == 0, f"ended with {job.process.returncode}: {job.lines()}")
-    job.end()
-    reading.check(victim.name in job.output(), "not a word about it")
-    return [reading, between]
+    with between.complaints():
+        log, command = work / "log", [*stage(work / "run"), *data]
+        whole = ended(started("plain", [*stage(work / "whole"), *data], log))
+        between.check(whole.process.returncode == 0, f"the run beside it: {whole.lines()}")
+        stopped("plain", command, log, work / "run" / "stage1", 10)
+        victim.rename(elsewhere)
+        refused = ended(started("plain", command, log))
+        between.check(refused.process.returncode == 2 and len(refused.lines()) == 1, f"said {refused.lines()}")
+        elsewhere.rename(victim)
+        again = ended(started("plain", command, log))
+        between.check(again.process.returncode == 0, f"did not go on: {again.lines()}")
+        same = hashes(work / "run", ("stage1",)) == hashes(work / "whole", ("stage1",))
+        between.check(same, "other weights in the end")
+    with reading.complaints():
+        stage_dir = work / "reading" / "stage1"
+        job = started("plain", [*stage(work / "reading", 3 * STEPS), *data], work / "reading.log")
+        wait_for(job, lambda: newest(stage_dir) >= 5)
+        victim.rename(elsewhere)  # some passes are still to come
+        reading.check(job.wait() == 0, f"ended with {job.process.returncode}: {job.lines()}")
+        job.end()
+        reading.check(victim.name in job.output(), "not a word about it")
+    return [between, reading]
 
 
 def small_shards(folder: Path) -> list[Path]:
@@ -163,14 +164,10 @@ def read_only(work: Path) -> list[Outcome]:
     if not mounts():
         became.skipped = was.skipped = "needs root, for a tmpfs"
         return [became, was]
-    with small_disk(work / "disk", 300) as disk:
+    with became.complaints(), small_disk(work / "disk", 300) as disk:
         run_dir, log = disk / "run", work / "log"
         command = stage(run_dir)
-        job = started("plain", command, log)
-        wait_for(job, lambda: newest(run_dir / "stage1") >= 10)
-        kill(job.process.pid, signal.SIGTERM)
-        job.wait()
-        job.end()
+        stopped("plain", command, log, run_dir / "stage1", 10)
         mount("-o", "remount,ro", str(disk))
         for row, refused in ((became, command), (was, stage(disk / "new"))):
             row.tried += 1

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
-from world import Job, Outcome, arguments, ended, hashes, mounts, newest, small_disk, started, wait_for
+from processes import Job, ended, started, wait_for
+from world import Outcome, arguments, hashes, mount, mounts, newest, small_disk
 
 from llava_genhancer import run
 
@@ -30,13 +30,18 @@ def run_family(work: Path, *, seed: int, total: int) -> list[Outcome]:
         for row in rows:
             row.skipped = "needs root, for a tmpfs"
         return rows
-    checkpoint("plain", work / "plain", rows[0])
-    whole = checkpoint("torchrun", work / "torchrun", rows[1])
-    export(["export", str(whole)], "tower", work / "export", rows[2])
-    for training in ("pretrain", "finetune"):
-        ended(started("plain", arguments(training, work / "llava", 5), work / "llava.log"))
-    export(["llava", "export", str(work / "llava")], "hf", work / "llava-export", rows[3])
-    report(whole, work / "report", rows[4])
+    for launcher, row in zip(("plain", "torchrun"), rows, strict=False):
+        with row.complaints():
+            checkpoint(launcher, work / launcher, row)
+    whole = work / "plain" / "whole"
+    with rows[2].complaints():
+        export(["export", str(whole)], work / "export", rows[2])
+    with rows[3].complaints():
+        for training in ("pretrain", "finetune"):
+            ended(started("plain", arguments(training, work / "llava", 5), work / "llava.log"))
+        export(["llava", "export", str(work / "llava")], work / "llava-export", rows[3])
+    with rows[4].complaints():
+        report(whole, work / "report", rows[4])
     return rows
 
 
@@ -60,8 +65,8 @@ def one_line(row: Outcome, job: Job, who: str) -> None:
     row.check(who == "torchrun" or "Traceback" not in job.output(), f"{who}: a traceback: {job.output()[-600:]}")
 
 
-def checkpoint(launcher: str, work: Path, row: Outcome) -> Path:
-    """Fill the disk while training goes on; the run beside it that met no full disk is returned."""
+def checkpoint(launcher: str, work: Path, row: Outcome) -> None:
+    """Fill the disk while training goes on; beside it a run that meets no full disk."""
     command = arguments("stage2", work / "whole", STEPS, **{"stage2.max_steps": 10})
     whole = ended(started(launcher, command, work / "whole.log"))
     row.check(whole.process.returncode == 0, f"the run beside it: {whole.lines()}")
@@ -87,10 +92,9 @@ def checkpoint(launcher: str, work: Path, row: Outcome) -> Path:
         row.check(again.process.returncode == 0, f"{launcher}: did not go on: {again.lines()}")
         both = (hashes(folder, ("stage1", "stage2")) for folder in (work / "whole", run_dir))
         row.check(len({tuple(sorted(h.items())) for h in both}) == 1, f"{launcher}: other weights in the end")
-    return work / "whole"
 
 
-def export(verb: list[str], result: str, work: Path, row: Outcome) -> None:
+def export(verb: list[str], work: Path, row: Outcome) -> None:
     """Onto a disk of one megabyte, then onto a larger one of the same name."""
     row.tried += 1
     command = [*verb, "--output_dir"]
@@ -100,7 +104,7 @@ def export(verb: list[str], result: str, work: Path, row: Outcome) -> None:
         one_line(row, job, verb[0])
         left = sorted(str(p.relative_to(disk)) for p in disk.rglob("*") if p.is_file())
         row.check(not left, f"{verb[0]}: left {left}")
-        os.system(f"mount -o remount,size=300m {disk}")
+        mount("-o", "remount,size=300m", str(disk))
         again = ended(started("plain", [*command, str(target)], work / "log"))
         row.check(again.process.returncode == 0, f"{verb[0]}: did not go on: {again.lines()}")
 

@@ -9,13 +9,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from world import BIN, ZERO2, Job, Outcome, arguments, hashes, kill, newest, wait_for
+from processes import BIN, ZERO2, Job, kill, wait_for
+from world import Outcome, arguments, hashes, newest
 
 STEPS = 40
 TIMEOUT = 0.5  # minutes; a busy machine may need long for a step
 GRACE = 30.0  # seconds beyond it until every rank has spoken
 TORCHRUN = 100.0  # after which a launcher that is left is killed
-NAMES = ("chaos-a", "chaos-b")
+NAMES = (f"chaos-a-{os.getpid()}", f"chaos-b-{os.getpid()}")  # two of these may run at a time
 ADDRESSES = ("10.201.77.1", "10.201.77.2")
 PORT = 29417
 

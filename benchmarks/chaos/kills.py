@@ -8,20 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from world import (
-    FOLDERS,
-    PATIENCE,
-    SAVE_STEPS,
-    Job,
-    Outcome,
-    arguments,
-    ended,
-    hashes,
-    kill,
-    newest,
-    started,
-    step_of,
-)
+from processes import PATIENCE, Job, ended, kill, started
+from world import FOLDERS, SAVE_STEPS, Outcome, arguments, hashes, newest, step_of
 
 from llava_genhancer import run
 
@@ -73,17 +61,20 @@ def run_family(work: Path, *, seed: int, total: int, launchers: tuple[str, ...] 
     outcomes, shares = [], sum(SHARES[launcher] for launcher in launchers)
     for launcher in launchers:
         rng = random.Random(f"{launcher} {seed}")
-        each = round(total * SHARES[launcher] / shares / len(TRAININGS))
-        rows = {k: Outcome("kills", f"{FAULTS[k]}, {NAMES[launcher]}", MUST) for k in KINDS[launcher]}
-        plans = {}
-        for training in TRAININGS:
-            kinds = [KINDS[launcher][i % len(KINDS[launcher])] for i in range(each)]
-            rng.shuffle(kinds)
-            plans[training] = [draw(rng, kind) for kind in kinds]
-        if each:
+        plans = plan_of(launcher, round(total * SHARES[launcher] / shares / len(TRAININGS)), rng)
+        drawn = {planned.kind for plan in plans.values() for planned in plan}
+        rows = {k: Outcome("kills", f"{FAULTS[k]}, {NAMES[launcher]}", MUST) for k in KINDS[launcher] if k in drawn}
+        if rows:
             survive(launcher, plans, work / launcher, rows)
             outcomes += rows.values()
     return outcomes
+
+
+def plan_of(launcher: str, each: int, rng: random.Random) -> dict[str, list[Kill]]:
+    """So many kills for each training; over all of them every kind comes equally often."""
+    kinds = [KINDS[launcher][i % len(KINDS[launcher])] for i in range(each * len(TRAININGS))]
+    rng.shuffle(kinds)
+    return {t: [draw(rng, kind) for kind in kinds[i * each : (i + 1) * each]] for i, t in enumerate(TRAININGS)}
 
 
 def survive(launcher: str, plans: dict[str, list[Kill]], work: Path, rows: dict[str, Outcome]) -> None:
@@ -92,7 +83,8 @@ def survive(launcher: str, plans: dict[str, list[Kill]], work: Path, rows: dict[
     steps = SAVE_STEPS * (3 * max(map(len, plans.values())) // 2 + 4)
     for training, plan in plans.items():
         for planned in plan:
-            one(launcher, training, planned, steps, work, rows[planned.kind])
+            with rows[planned.kind].complaints():
+                one(launcher, training, planned, steps, work, rows[planned.kind])
         if training != "stage1":  # whose command goes on to stage 2
             last = ended(started(launcher, arguments(training, work / "killed", steps), work / "killed.log"))
             for kind in {k.kind for k in plan}:

@@ -6,8 +6,9 @@ import json
 import signal
 from pathlib import Path
 
+from processes import Job, ended, finish, kill, launched, started, wait_for
 from safetensors.torch import load_file
-from world import Job, Outcome, arguments, finish, hashes, kill, launched, newest, wait_for
+from world import Outcome, arguments, hashes, newest
 
 FAULTY = Path(__file__).with_name("faulty.py")
 STEPS, STEP, RANK = 20, 13, 1  # where the fault is; a spike needs ten steps before it
@@ -22,11 +23,12 @@ def run_family(work: Path, *, seed: int, total: int) -> list[Outcome]:
         stopped = Outcome("losses", f"{what}, on_bad_step=stop", "ends, keys logged, checkpoint kept, goes on")
         skipped = Outcome("losses", f"{what}, on_bad_step=skip", "no weight moves in that step, keys logged")
         for launcher in ("ddp", "torchrun"):
-            stop(launcher, fault, work / f"{fault}-stop-{launcher}", stopped)
-            skip(launcher, fault, work / f"{fault}-skip-{launcher}", skipped)
+            with stopped.complaints():
+                stop(launcher, fault, work / f"{fault}-stop-{launcher}", stopped)
+            with skipped.complaints():
+                skip(launcher, fault, work / f"{fault}-skip-{launcher}", skipped)
         outcomes += [stopped, skipped]
-    outcomes += [hang(work / "hang"), freeze(work / "freeze"), two_runs(work / "two")]
-    return outcomes
+    return [*outcomes, *hung(work), two_runs(work / "two")]
 
 
 def command(launcher: str, run_dir: Path, **changes: object) -> list[str]:
@@ -73,23 +75,23 @@ def skip(launcher: str, fault: str, work: Path, row: Outcome) -> None:
     row.check([e["step"] for e in logged(run_dir)] == [STEP], f"{launcher}: log")
 
 
-def hang(work: Path) -> Outcome:
-    """A rank that sleeps in mid-step; its own watchdog speaks."""
-    row = Outcome("losses", "a rank hangs in mid-step", f"an error within {60 * TIMEOUT:.0f} s, goes on")
-    job = Job(patient(work / "run"), work / "log", {"CHAOS_FAULT": f"hang:{STEP}:{RANK}"})
-    wait_for(job, lambda: newest(work / "run" / "stage1") >= 10)
-    silent(job, work, row)
-    return row
-
-
-def freeze(work: Path) -> Outcome:
-    """A rank that the system stops; only the others can speak."""
-    row = Outcome("losses", "a rank freezes (SIGSTOP)", f"an error within {60 * TIMEOUT:.0f} s, goes on")
-    job = Job(patient(work / "run"), work / "log")
-    wait_for(job, lambda: newest(work / "run" / "stage1") >= 10)
-    kill(job.ranks()[RANK], signal.SIGSTOP)
-    silent(job, work, row)
-    return row
+def hung(work: Path) -> list[Outcome]:
+    """A rank that sleeps in mid-step, whose own watchdog speaks, and one that the system stops: only others can."""
+    must = f"an error within {60 * TIMEOUT:.0f} s, goes on to the same weights"
+    rows = [Outcome("losses", "a rank hangs in mid-step", must), Outcome("losses", "a rank freezes (SIGSTOP)", must)]
+    finish(patient(work / "whole"), work / "whole.log")
+    faults = ({"CHAOS_FAULT": f"hang:{STEP}:{RANK}"}, {})
+    for row, name, fault in zip(rows, ("hang", "freeze"), faults, strict=True):
+        with row.complaints():
+            run_dir = work / name / "run"
+            job = Job(patient(run_dir), work / name / "log", fault)
+            wait_for(job, lambda stage_dir=run_dir / "stage1": newest(stage_dir) >= 10)
+            if not fault:
+                kill(job.ranks()[RANK], signal.SIGSTOP)
+            silent(job, work / name, row)
+            same = hashes(run_dir, ("stage1",)) == hashes(work / "whole", ("stage1",))
+            row.check(same, "other weights in the end")
+    return rows
 
 
 def patient(run_dir: Path) -> list[str]:
@@ -99,25 +101,26 @@ def patient(run_dir: Path) -> list[str]:
 
 
 def silent(job: Job, work: Path, row: Outcome) -> None:
-    """From the fault on: the error in time, its words, nothing left, the same weights in the end."""
+    """From the fault on: the error in time, its words, nothing left, going on."""
     row.tried += 1
     row.check(job.wait(60 * TIMEOUT + GRACE) not in (0, None), f"no error within {60 * TIMEOUT + GRACE:.0f} s")
     job.end()
     row.check(any(f"rank {RANK}" in line and "timeout_minutes" in line for line in job.lines()), f"said {job.lines()}")
     again = finish(patient(work / "run"), work / "log")
-    finish(patient(work / "whole"), work / "whole.log")
     row.check(again.process.returncode == 0, f"did not go on: {again.lines()}")
-    row.check(hashes(work / "run", ("stage1",)) == hashes(work / "whole", ("stage1",)), "other weights in the end")
 
 
 def two_runs(work: Path) -> Outcome:
     """Two starts on one folder at the same time."""
     row = Outcome("losses", "two runs on one folder", "the second refuses, the first ends", tried=1)
-    first = Job(command("plain", work / "run"), work / "first.log")
-    wait_for(first, lambda: newest(work / "run" / "stage1") >= 5)
-    second = finish(command("plain", work / "run"), work / "second.log")
-    row.check(second.process.returncode == 2, f"the second ended with {second.process.returncode}")
-    row.check(any("in use by another process" in line for line in second.lines()), f"it said {second.lines()}")
-    row.check(first.wait() == 0, "the first did not end well")
-    first.end()
+    fields = arguments("stage1", work / "run", 10 * STEPS, **{"stage2.max_steps": 0})
+    with row.complaints():  # forks: the second is there long before the first is done
+        first = started("plain", fields, work / "first.log")
+        wait_for(first, lambda: newest(work / "run" / "stage1") >= 5)
+        second = ended(started("plain", fields, work / "second.log"))
+        row.check(first.process.poll() is None, "the first had ended before the second refused")
+        row.check(second.process.returncode == 2, f"the second ended with {second.process.returncode}")
+        row.check(any("in use by another process" in line for line in second.lines()), f"it said {second.lines()}")
+        row.check(first.wait() == 0, "the first did not end well")
+        first.end()
     return row
