@@ -18,7 +18,7 @@ from llava_genhancer.data.records_fill import fill
 from llava_genhancer.data.views import TrainView
 from llava_genhancer.enhance.cache import Cache, CachedItems, CachedShards, CachedView, Crop
 from llava_genhancer.enhance.enhancer import Enhancer
-from llava_genhancer.enhance.targets import Target
+from llava_genhancer.enhance.tokenizer import Target
 from llava_genhancer.errors import InputError
 from llava_genhancer.recipes import Recipe
 

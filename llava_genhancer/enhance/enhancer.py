@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from llava_genhancer.enhance.backbones import VisionBackbone, load_backbone
 from llava_genhancer.enhance.conditions import Condition, Projector
 from llava_genhancer.enhance.denoisers import DENOISERS
-from llava_genhancer.enhance.targets import Target
+from llava_genhancer.enhance.tokenizer import Target
 from llava_genhancer.recipes import Recipe
 
 

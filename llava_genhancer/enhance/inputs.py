@@ -12,7 +12,7 @@ from torch import Tensor
 from llava_genhancer.data.views import shrink
 from llava_genhancer.enhance.backbones import VisionBackbone
 from llava_genhancer.enhance.cache import Cache
-from llava_genhancer.enhance.targets import Target
+from llava_genhancer.enhance.tokenizer import Target
 
 
 @dataclass(frozen=True)

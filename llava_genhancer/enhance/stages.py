@@ -15,7 +15,7 @@ from llava_genhancer.costs import stage_recipe
 from llava_genhancer.engine import load_trained
 from llava_genhancer.enhance.backbones import add_lora, trainable_backbone_names
 from llava_genhancer.enhance.enhancer import Enhancer, build_enhancer
-from llava_genhancer.enhance.targets import Target
+from llava_genhancer.enhance.tokenizer import Target
 from llava_genhancer.recipes import Recipe
 
 WEIGHTS = "weights.safetensors"

@@ -1,55 +1,28 @@
 """What the denoiser must rebuild: latents of a frozen VAE, or whatever another frozen tokenizer gives.
 
 Legend: B batch, H = W image side, C latent channels, f the VAE's downscale factor.
-
-A target tokenizer stays outside the trained module: it is never sharded, checkpointed or cast by a training engine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava_genhancer.architectures import FLUX_VAE_CONFIG
 from llava_genhancer.enhance.pretrained import load_whole
+from llava_genhancer.enhance.tokenizer import Target
 from llava_genhancer.enhance.vq import check_vq, load_vq_target
 from llava_genhancer.errors import InputError, reason
 from llava_genhancer.recipes import Recipe
 from llava_genhancer.toyworld.paths import resolve
 
 
-class Target(Protocol):
-    """A frozen target tokenizer."""
-
-    @property
-    def module(self) -> nn.Module:
-        """The frozen autoencoder."""
-
-    def to(self, device: torch.device) -> Target:
-        """Move the frozen weights."""
-
-    def drop_decoder(self) -> None:
-        """Free the half that only pictures need."""
-
-    def moments(self, images: Tensor) -> Tensor:
-        """All that the frozen encoder says of uint8 images (B, 3, H, W), before any chance (B, ...)."""
-
-    def draw(self, moments: Tensor) -> Tensor:
-        """What is rebuilt (B, ...), chance included."""
-
-    def encode(self, images: Tensor) -> Tensor:
-        """``draw(moments(images))``: uint8 images (B, 3, H, W) to what is rebuilt (B, ...)."""
-
-    def decode(self, target: Tensor) -> Tensor:
-        """The inverse: uint8 images (B, 3, H, W)."""
-
-
-class VaeTarget:
+class VaeTarget(Target):
     """A frozen ``AutoencoderKL`` as target tokenizer: ``latents = scaling_factor * (z - shift_factor)``.
 
     Args:
@@ -58,26 +31,11 @@ class VaeTarget:
     """
 
     def __init__(self, vae: Any, posterior: Literal["sample", "mean"] = "sample"):
-        self.vae = vae.eval().requires_grad_(False)
+        super().__init__(vae)
         self.posterior = posterior
         self.scale = float(vae.config.scaling_factor or 1.0)
         self.shift = float(vae.config.shift_factor or 0.0)
         self.channels = int(vae.config.latent_channels)
-        self.downscale = 2 ** (len(vae.config.block_out_channels) - 1)
-
-    @property
-    def module(self) -> nn.Module:
-        """The frozen autoencoder."""
-        return self.vae
-
-    def to(self, device: torch.device) -> VaeTarget:
-        """Move the frozen weights."""
-        self.vae.to(device)
-        return self
-
-    def drop_decoder(self) -> None:
-        """Free the half that only pictures need."""
-        self.vae.decoder = None
 
     def latent_side(self, image_size: int) -> int:
         """Latent side for an image side; it must be even (2x2 patches)."""
@@ -91,8 +49,8 @@ class VaeTarget:
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
         """uint8 images (B, 3, H, W) to the posterior's mean and log-variance, fp32 (B, 2 C, H/f, W/f), or its mean."""
-        pixels = images.float().div_(127.5).sub_(1).to(self.vae.dtype)
-        moments = self.vae.encode(pixels).latent_dist.parameters.float()
+        pixels = images.float().div_(127.5).sub_(1).to(self.module.dtype)
+        moments = self.module.encode(pixels).latent_dist.parameters.float()
         return moments if self.posterior == "sample" else moments[:, : self.channels]
 
     def draw(self, moments: Tensor) -> Tensor:
@@ -103,15 +61,11 @@ class VaeTarget:
             z = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * torch.randn(mean.shape, device=mean.device)
         return (z - self.shift) * self.scale
 
-    def encode(self, images: Tensor) -> Tensor:
-        """uint8 images (B, 3, H, W) to fp32 latents (B, C, H/f, W/f)."""
-        return self.draw(self.moments(images))
-
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H/f, W/f) to uint8 images (B, 3, H, W)."""
-        z = (latents / self.scale + self.shift).to(self.vae.dtype)
-        pixels = self.vae.decode(z).sample.float()
+        z = (latents / self.scale + self.shift).to(self.module.dtype)
+        pixels = self.module.decode(z).sample.float()
         return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

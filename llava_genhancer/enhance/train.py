@@ -30,7 +30,8 @@ from llava_genhancer.enhance.inputs import CachedInputs, FreshInputs
 from llava_genhancer.enhance.pretrained import check_denoiser
 from llava_genhancer.enhance.size import check_size
 from llava_genhancer.enhance.stages import WEIGHTS, build_stage, stage_recipe
-from llava_genhancer.enhance.targets import Target, check_target, load_target
+from llava_genhancer.enhance.targets import check_target, load_target
+from llava_genhancer.enhance.tokenizer import Target
 from llava_genhancer.errors import InputError
 from llava_genhancer.recipes import Recipe, StageRecipe
 from llava_genhancer.trainer import ExactTrainer

@@ -12,7 +12,7 @@ import re
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from llava_genhancer.enhance.pretrained import load_whole
+from llava_genhancer.enhance.tokenizer import Target
 from llava_genhancer.errors import InputError, reason
 from llava_genhancer.toyworld.paths import resolve
 
@@ -30,7 +31,7 @@ CODEBOOK = "quantize.embedding.weight"
 LEFTOVERS = re.compile(r"loss\.|model_ema\.|quantize\.codebook_used$")
 
 
-class VqTarget:
+class VqTarget(Target):
     """A frozen VQ-GAN as target tokenizer.
 
     Args:
@@ -41,27 +42,16 @@ class VqTarget:
 
     def __init__(self, vq: Any, *, unit_codes: bool = False, dtype: torch.dtype = torch.float32):
         codebook = vq.quantize.embedding.weight.detach().float().clone()  # (V, E)
+        # Not its own ``to``, which warns of modules to be kept in fp32 though there are none.
+        super().__init__(nn.Module.to(vq, dtype))
         self.codebook = normalize(codebook, dim=-1) if unit_codes else codebook
         self.unit_codes = unit_codes
-        # Not its own ``to``, which warns of modules to be kept in fp32 though there are none.
-        self.vq = nn.Module.to(vq.eval().requires_grad_(False), dtype)
         self.codes = len(codebook)
-        self.downscale = 2 ** (len(vq.config.block_out_channels) - 1)
 
-    @property
-    def module(self) -> nn.Module:
-        """The frozen autoencoder."""
-        return self.vq
-
-    def to(self, device: torch.device) -> VqTarget:
-        """Move the frozen weights."""
-        self.vq.to(device)
+    def to(self, device: torch.device) -> Self:
+        """Move the frozen weights and the codebook."""
         self.codebook = self.codebook.to(device)
-        return self
-
-    def drop_decoder(self) -> None:
-        """Free the half that only pictures need."""
-        self.vq.decoder = None
+        return super().to(device)
 
     def token_side(self, image_size: int) -> int:
         """Tokens along a side of an image."""
@@ -69,19 +59,11 @@ class VqTarget:
             raise InputError(f"image_size={image_size} is not a multiple of {self.downscale}, which this VQ-GAN needs")
         return image_size // self.downscale
 
-    def draw(self, moments: Tensor) -> Tensor:
-        """Token ids as they are: no chance in them."""
-        return moments
-
-    def encode(self, images: Tensor) -> Tensor:
-        """:meth:`moments`."""
-        return self.moments(images)
-
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
         """uint8 images (B, 3, H, W) to token ids (B, N), long, in [0, V), row by row."""
-        pixels = images.float().div_(127.5).sub_(1).to(self.vq.dtype)
-        encoded = self.vq.encode(pixels).latents.float().flatten(2).mT  # (B, N, E)
+        pixels = images.float().div_(127.5).sub_(1).to(self.module.dtype)
+        encoded = self.module.encode(pixels).latents.float().flatten(2).mT  # (B, N, E)
         if self.unit_codes:
             encoded = normalize(encoded, dim=-1)
         return torch.cdist(encoded.flatten(0, 1), self.codebook).argmin(-1).view(len(images), -1)
@@ -90,10 +72,10 @@ class VqTarget:
     def decode(self, ids: Tensor) -> Tensor:
         """Token ids (B, N) of a square image to uint8 images (B, 3, H, W)."""
         side = round(ids.shape[1] ** 0.5)
-        codes = self.codebook[ids].mT.unflatten(2, (side, side)).to(self.vq.dtype)  # (B, E, side, side)
+        codes = self.codebook[ids].mT.unflatten(2, (side, side)).to(self.module.dtype)  # (B, E, side, side)
         # A decoder with spatial norm looks at the codes too.
-        spatial = codes if self.vq.config.norm_type == "spatial" else None
-        pixels = self.vq.decoder(self.vq.post_quant_conv(codes), spatial).float()
+        spatial = codes if self.module.config.norm_type == "spatial" else None
+        pixels = self.module.decoder(self.module.post_quant_conv(codes), spatial).float()
         return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -81,7 +81,7 @@ def test_another_size_is_refused_with_what_to_say(flux_of, recipe_of, flux_folde
     recipe = recipe_of(denoiser_weights=str(flux_folder), denoiser_layers=3)
     with pytest.raises(InputError, match="add --denoiser_layers 1 --vec_dim 96 --txt_dim 96"):
         FlowDenoiser.from_recipe(recipe, tiny_target, 32)
-    other = VaeTarget(tiny_target.vae)
+    other = VaeTarget(tiny_target.module)
     other.channels = 4
     with pytest.raises(InputError, match="latents of 8 channels, and vae"):
         FlowDenoiser.from_recipe(flux_of(), other, 32)

@@ -124,37 +124,37 @@ def test_the_shipped_config_is_flux() -> None:
 
 def test_the_posterior_is_sampled_from_the_global_rng(small_flux: Path) -> None:
     target = load_vae_target(str(small_flux))
-    distribution = target.vae.encode(pictures().float() / 127.5 - 1).latent_dist
+    distribution = target.module.encode(pictures().float() / 127.5 - 1).latent_dist
     torch.manual_seed(1)
     first, second = target.encode(pictures()), target.encode(pictures())
     torch.manual_seed(1)
     z = distribution.mean + distribution.std * torch.randn(distribution.mean.shape)
     assert torch.allclose(first, 0.3611 * (z - 0.1159), atol=1e-6)
     assert not torch.equal(first, second)
-    mean = VaeTarget(target.vae, "mean")
+    mean = VaeTarget(target.module, "mean")
     assert torch.equal(mean.encode(pictures()), mean.encode(pictures()))
 
 
 def test_a_vae_without_shift_or_scale(tiny_target: VaeTarget) -> None:
-    mean = VaeTarget(tiny_target.vae, "mean")
-    z = mean.vae.encode(pictures().float() / 127.5 - 1).latent_dist.mean
-    assert torch.allclose(mean.encode(pictures()), z * mean.vae.config.scaling_factor)
+    mean = VaeTarget(tiny_target.module, "mean")
+    z = mean.module.encode(pictures().float() / 127.5 - 1).latent_dist.mean
+    assert torch.allclose(mean.encode(pictures()), z * mean.module.config.scaling_factor)
 
 
 def test_the_vae_is_frozen_and_latents_are_fp32(small_flux: Path) -> None:
     target = load_vae_target(str(small_flux), dtype=torch.bfloat16)
-    assert {p.dtype for p in target.vae.parameters()} == {torch.bfloat16}
-    assert not any(p.requires_grad for p in target.vae.parameters())
-    assert not target.vae.training
+    assert {p.dtype for p in target.module.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in target.module.parameters())
+    assert not target.module.training
     assert target.encode(pictures()).dtype == torch.float32
 
 
 def test_training_needs_no_decoder(small_flux: Path) -> None:
     target = load_vae_target(str(small_flux), posterior="mean")
-    latents, size = target.encode(pictures()), sum(p.numel() for p in target.vae.parameters())
+    latents, size = target.encode(pictures()), sum(p.numel() for p in target.module.parameters())
     target.drop_decoder()
     assert torch.equal(target.encode(pictures()), latents)
-    assert sum(p.numel() for p in target.vae.parameters()) < size / 2
+    assert sum(p.numel() for p in target.module.parameters()) < size / 2
 
 
 def test_sizes_that_do_not_fit(small_flux: Path) -> None:

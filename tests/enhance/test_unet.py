@@ -288,7 +288,7 @@ def test_a_folder_that_lacks_a_part_is_refused(unet_recipe_of, tiny_target, tiny
 
 
 def test_another_vae_is_refused(unet_recipe_of, tiny_target) -> None:
-    other = VaeTarget(tiny_target.vae)
+    other = VaeTarget(tiny_target.module)
     other.channels = 4
     with pytest.raises(InputError, match="name the VAE of the same folder"):
         denoiser_of(unet_recipe_of(), other)

@@ -125,9 +125,9 @@ def test_the_published_sizes(names: dict, code_width: int, codes: int) -> None:
 
 def test_the_vq_is_frozen_and_its_lookup_stays_in_fp32(tiny_vq: Path) -> None:
     target = load_vq_target(str(tiny_vq), dtype=torch.bfloat16)
-    assert {p.dtype for p in target.vq.parameters()} == {torch.bfloat16}
-    assert not any(p.requires_grad for p in target.vq.parameters())
-    assert not target.vq.training
+    assert {p.dtype for p in target.module.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in target.module.parameters())
+    assert not target.module.training
     assert torch.equal(target.codebook, VQModel.from_pretrained(tiny_vq).quantize.embedding.weight)
     same = target.encode(pictures(32)) == load_vq_target(str(tiny_vq)).encode(pictures(32))
     assert same.float().mean() > 0.8
@@ -136,10 +136,10 @@ def test_the_vq_is_frozen_and_its_lookup_stays_in_fp32(tiny_vq: Path) -> None:
 
 def test_training_needs_no_decoder(tiny_vq: Path) -> None:
     target = load_vq_target(str(tiny_vq))
-    ids, size = target.encode(pictures(32)), sum(p.numel() for p in target.vq.parameters())
+    ids, size = target.encode(pictures(32)), sum(p.numel() for p in target.module.parameters())
     target.drop_decoder()
     assert torch.equal(target.encode(pictures(32)), ids)
-    assert sum(p.numel() for p in target.vq.parameters()) < size / 2
+    assert sum(p.numel() for p in target.module.parameters()) < size / 2
 
 
 def test_sizes_that_do_not_fit(tiny_vq: Path) -> None:
