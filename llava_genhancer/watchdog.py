@@ -54,11 +54,14 @@ class Watchdog:
         return self.folder / f"{rank}.json"
 
     def _watch(self) -> None:
-        while not self._done.wait(min(5.0, self.seconds / 8)):
+        while True:  # the first note at once: a rank may freeze in its first second
             since, doing = self._note
             with contextlib.suppress(OSError):  # a full disk is not what ends a training here
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._file(self.rank).write_text(json.dumps([since, doing]), encoding="utf-8")
+            if self._done.wait(min(5.0, self.seconds / 8)):
+                return
+            since, _ = self._note
             if time.time() - since > self.seconds:
                 print(f"llava-genhancer: {self.report()}", file=sys.stderr, flush=True)
                 os._exit(STATUS)  # the main thread is beyond reach
@@ -67,8 +70,12 @@ class Watchdog:
         """One line: what this rank waits in, and which rank has been silent longest."""
         since, doing = self._note
         text = f"rank {self.rank} has been {doing} for {time.time() - since:.0f} s, more than --timeout_minutes allows"
-        others = [(note, rank) for rank in range(self.world_size) if (note := self._read(rank)) and rank != self.rank]
-        if others:
+        notes = {rank: self._read(rank) for rank in range(self.world_size) if rank != self.rank}
+        mute = [str(rank) for rank, note in notes.items() if note is None]
+        others = [(note, rank) for rank, note in notes.items() if note is not None]
+        if mute:
+            text += f"; rank {', '.join(mute)} never left a note in {self.folder}"
+        elif others:
             (seen, what), rank = min(others)
             text += f"; silent longest is rank {rank}, {what}, last seen {time.time() - seen:.0f} s ago"
         return f"{text}. The same command goes on from the last checkpoint"

@@ -164,6 +164,25 @@ def test_a_rank_that_hangs_ends_itself_and_says_which_was_silent_longest(tmp_pat
     assert line.count("\n") == 1
 
 
+def test_a_rank_that_froze_at_once_has_left_its_note(tmp_path) -> None:
+    """Long before the clock is looked at for the first time."""
+
+    def rank() -> None:
+        with Watchdog(tmp_path, 1, 3, seconds=3600.0) as dog:
+            dog.note("computing step 1")
+            time.sleep(60)
+
+    pid = forked(rank)
+    deadline = time.monotonic() + 5
+    while not list((tmp_path / "ranks").glob("1.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    said = Watchdog(tmp_path, 0, 2, seconds=1.0).report()
+    assert "silent longest is rank 1, " in said
+    assert "; rank 2 never left a note in" in Watchdog(tmp_path, 0, 3, seconds=1.0).report()
+
+
 def test_a_watchdog_is_quiet_about_progress_and_leaves_nothing(tmp_path) -> None:
     with Watchdog(tmp_path, 0, 1, seconds=0.4) as dog:
         for step in range(8):
