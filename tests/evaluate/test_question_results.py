@@ -135,6 +135,7 @@ def test_the_report_shows_each_detail_of_each_model(tmp_path):
     for folder in ("llava-pretrain", "llava-finetune", "baseline/llava-finetune"):
         (tmp_path / folder).mkdir(parents=True)
         facts = {"steps": 7, "images_seen": 224, "final_loss": 0.5, "trainable_parameters": 1000, "seconds": 61.0}
+        facts |= {"padding_share": 0.2971} if folder == "llava-pretrain" else {}
         (tmp_path / folder / "result.json").write_text(json.dumps(facts))
         called = json.dumps({"command": ["/bin/llava-genhancer", "llava", folder]})
         (tmp_path / folder / "manifest.json").write_text(called)
@@ -143,7 +144,7 @@ def test_the_report_shows_each_detail_of_each_model(tmp_path):
         "## LLaVA", "| facing | 10 | 25.0 | 30.0 [10.8, 60.3] | 80.0 [49.0, 94.3] | 0.0 [0.0, 27.8] | +50.0 (0.125) |",
         "| **average** | 20 | 25.0 | 60.0", "(figures/questions.png)", "blank image", "not normalised by length",
         "LLaVA with the enhanced tower against the original: +30.0 points", "within noise",
-        "| original | finetune | 7 |",
+        "| original | finetune | 7 |", "| 1,000 | 0.2971 |", "| 1,000 | - |",
         "llava-genhancer llava baseline/llava-finetune",
         "llava-genhancer questions models/original models/enhanced --labels original enhanced --data set",
         "[baseline/llava-finetune/manifest.json](baseline/llava-finetune/manifest.json)",

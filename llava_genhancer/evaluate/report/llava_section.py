@@ -41,12 +41,12 @@ def _trainings(run_dir: Path) -> tuple[str, list[dict[str, Any]]]:
                 facts.append({**result, "tower": tower, "step": step})
     if not facts:
         return "", []
-    names = ("steps", "images_seen", "final_loss", "trainable_parameters")
+    names = ("steps", "images_seen", "final_loss", "trainable_parameters", "padding_share")
     rows = [
         [text(f["tower"]), text(f["step"]), *(number(f.get(name)) for name in names), duration(f.get("seconds"))]
         for f in facts
     ]
-    header = ["tower", "training", "steps", "samples", "last loss", "trained parameters", "time"]
+    header = ["tower", "training", "steps", "samples", "last loss", "trained parameters", "padded share", "time"]
     return table(header, rows), facts
 
 
