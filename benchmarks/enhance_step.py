@@ -454,9 +454,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 free(device)
             result["stages"][str(stage)] = figures
             print("\n" + table(stage, figures), flush=True)
-    if args.output:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+            if args.output:  # after each stage: the second one may not come to its end
+                Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+                Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -12,11 +12,20 @@ from typing import Any
 import torch
 
 
-class Clock:
-    """Marks on a device's time line. On a GPU they are events in its queue: nothing waits while work is measured."""
+def own_time() -> Callable[[], float]:
+    """A CPU's clock that leaves out what other programs take of it, where one thread computes; else the wall's."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
+
+class Clock:
+    """Marks on a device's time line. On a GPU they are events in its queue: nothing waits while work is measured.
+
+    Args:
+        now: a CPU's clock.
+    """
+
+    def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter):
+        self.cuda, self.now = device.type == "cuda", now
         self.marks: list[Any] = []
 
     def mark(self) -> None:
@@ -26,7 +35,7 @@ class Clock:
             event.record()
             self.marks.append(event)
         else:
-            self.marks.append(time.perf_counter())
+            self.marks.append(self.now())
 
     def seconds(self) -> list[float]:
         """Time between successive marks."""
@@ -43,12 +52,13 @@ def timed(
     repeats: int,
     warmup: int,
     prepare: Callable[[], object] = lambda: None,
+    now: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
     """Seconds of each repeat. ``prepare`` runs before each and is not counted; the device is waited for once."""
     for _ in range(warmup):
         prepare()
         work()
-    clock = Clock(device)
+    clock = Clock(device, now)
     for _ in range(repeats):
         prepare()
         clock.mark()
@@ -68,23 +78,24 @@ def summary(seconds: list[float]) -> dict[str, float]:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, *, tf32: bool = False) -> float:
-    """FLOP/s of a large square matrix product, the median of ten."""
+    """FLOP/s of a large square matrix product, the median of ten; a CPU's without what other programs take of it."""
     side = 8192 if device.type == "cuda" else 1024
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
     try:
         a = torch.randn(side, side, device=device, dtype=torch.float32).to(dtype)
-        return 2 * side**3 / statistics.median(timed(lambda: a @ a, device, repeats=10, warmup=3))
+        return 2 * side**3 / statistics.median(timed(lambda: a @ a, device, repeats=10, warmup=3, now=own_time()))
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes per second of a large copy, reads and writes both counted."""
+    """Bytes per second of a large copy, reads and writes both counted; a CPU's as in :func:`matmul_rate`."""
     size = 2**30 if device.type == "cuda" else 2**27
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / statistics.median(timed(lambda: target.copy_(source), device, repeats=10, warmup=3))
+    copies = timed(lambda: target.copy_(source), device, repeats=10, warmup=3, now=own_time())
+    return 2 * size / statistics.median(copies)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

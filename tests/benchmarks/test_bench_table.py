@@ -9,6 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
+SMALL = {"denoiser_layers": 1, "denoiser_single_layers": 1, "per_device_batch_size": 2, "global_batch_size": 2}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,17 +73,41 @@ def test_forecast_of_the_paper_recipe() -> None:
 
 
 def test_step_variants_compute_the_same(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both stages: ours, and the same on transformers, peft and diffusers alone, have one loss and one gradient."""
     import step_variants
 
-    small = {"denoiser_layers": 1, "denoiser_single_layers": 1, "per_device_batch_size": 2, "global_batch_size": 2}
-    monkeypatch.setattr(step_variants, "REDUCED", {**step_variants.REDUCED, **small})
+    monkeypatch.setattr(step_variants, "REDUCED", {**step_variants.REDUCED, **SMALL})
     result: dict[str, Any] = step_variants.main(["--rounds", "1", "--device", "cpu"])
-    assert result["loss_difference"] < 1e-5
-    assert result["variants"]["ours"]["ratio_to_ours"] == 1
-    assert set(result["floors"]) == {"ours", "targets and tokens cached"}
-    assert result["floors"]["targets and tokens cached"] < result["floors"]["ours"]
-    assert 0 <= result["trainer"]["outside_share"] < 1
+    for stage in ("1", "2"):
+        found = result["stages"][stage]
+        assert found["failed"] == {}
+        variants = found["variants"]
+        assert variants["ours"]["ratio_to_ours"] == 1
+        assert variants["the libraries alone"]["gradient_difference"] < 1e-5
+        exact = {"the libraries alone", "cached", "rotary tables once", "AdamW not fused", "VAE channels-last"}
+        assert all(variants[name]["loss_difference"] < 1e-5 for name in exact)
+        assert 0 < variants["VAE bf16"]["loss_difference"] < 0.01
+        assert found["floors"]["cached"] < found["floors"]["ours"]
+        assert 0 <= found["trainer"]["outside_share"] < 1
+        assert found["host_syncs"] == {}, "there is no GPU to wait for"
     assert "the libraries alone" in capsys.readouterr().out
+
+
+def test_a_variant_that_fails_is_named_and_the_rest_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    import step_candidates
+    import step_variants
+
+    def fails(world: Any) -> None:
+        raise RuntimeError("no tables here\nand more")
+
+    monkeypatch.setattr(step_variants, "REDUCED", {**step_variants.REDUCED, **SMALL})
+    monkeypatch.setattr(step_candidates, "constant_rope", fails)
+    trainer = {"step_s": 1.0, "outside_share": 0.0, "host_syncs_per_step": 0.0}
+    monkeypatch.setattr(step_variants, "trainer_step", lambda *inputs: trainer)
+    found = step_variants.main(["--rounds", "1", "--device", "cpu", "--stages", "1"])["stages"]["1"]
+    assert found["failed"] == {"rotary tables once": "RuntimeError: no tables here"}
+    assert {"ours", "cached", "VAE bf16"} < set(found["variants"])
+    assert "rotary tables once" not in found["variants"]
 
 
 def test_data_stream_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -107,12 +107,31 @@ def test_gpu_check_runs_every_step(tmp_path: Path) -> None:
     assert done.returncode == 1  # the full size failed, the rest went on
     report = json.loads((tmp_path / "results" / "test-gpu-check.json").read_text())
     assert {name: s["status"] for name, s in report["steps"].items()} == {
-        "full size": 3, "beside the libraries": 3, "variants": 3, "enhance tiny": 0,
+        "variants": 3, "full size": 3, "enhance tiny": 0,
     }  # fmt: skip
     calls = (tmp_path / "calls").read_text()
     assert f"--size full --steps 7 --output {tmp_path}/results/test-gpu-full.json" in calls
     assert "doctor openai-l14-224" in calls
     assert "enhance tiny" in calls
+    assert f"--size full --rounds 7 --compile --output {tmp_path}/results/test-gpu-variants.json" in calls
+
+
+def test_gpu_check_ends_what_takes_too_long(tmp_path: Path) -> None:
+    python = 'case "$*" in -c*torch*) echo test-gpu;; *"enhance tiny"*) exec sleep 60;; esac'
+    done = check(tmp_path, "--limit", "1", "--no-deepspeed", str(tmp_path / "out"), gpu=True, python=python)
+    assert done.returncode == 1
+    steps = json.loads((tmp_path / "out" / "test-gpu-check.json").read_text())["steps"]
+    assert {name: s["status"] for name, s in steps.items()} == {"variants": 0, "full size": 0, "enhance tiny": 124}
+    assert steps["enhance tiny"]["seconds"] < 20
+
+
+def test_gpu_check_rehearses_without_a_gpu(tmp_path: Path) -> None:
+    done = check(tmp_path, "--rehearse", "--no-deepspeed", str(tmp_path / "out"), gpu=False)
+    assert done.returncode == 0
+    calls = (tmp_path / "calls").read_text()
+    assert "--size reduced --device cpu" in calls
+    assert "--size tiny --device cpu" in calls
+    assert "full" not in calls.replace("rehearsal-full", "")
 
 
 def test_gpu_check_names_a_torch_that_cannot(tmp_path: Path) -> None:
