@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import csv
 import io
+import itertools
 import json
 import struct
 import tarfile
@@ -293,7 +294,9 @@ def _mmvp(folder: Path) -> Kind:
 
     valid = edited(rows).filter(lambda table: isinstance(table, list)).map(text)
     words = (b'"', b",", b"\n", b"\r", b'""', b"\xff", b"99999999999999999999", b"../..", b"a" * 300)
-    cases = st.one_of(valid, mutated(valid, words))
+    said = st.lists(st.text("abé猫 ,;\"'\n", min_size=1), min_size=1, max_size=5).map(itertools.cycle)
+    other = said.map(lambda texts: text([rows[0], *([*row[:2], f"It {next(texts)}"] for row in rows[1:])]))
+    cases = st.one_of(valid, mutated(valid, words), other)  # any statement that is not blank must be taken
     return Kind("MMVP CSVs", CSV_NAME, cases, lambda path: load_benchmark(path.parent), [text(rows)])
 
 

@@ -123,14 +123,26 @@ def test_batches_and_options_change_nothing(asked: Respondent, llava_folders: Pa
 @contextlib.contextmanager
 def little_memory(more: int) -> Iterator[None]:
     """The process may grow by so many bytes only: torch's own allocator refuses what is beyond."""
-    ctypes.CDLL(None).mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD: what earlier tests have freed is no room for tensors
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    libc.mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD: from this size on new memory is taken from the system, and counts
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + more, before[1]))
+
+    def limit(beyond: int) -> None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + beyond, before[1]))
+
+    taken: list[int] = []
+    limit(4 << 20)
+    while (block := libc.malloc(1 << 20)) is not None:  # what earlier tests have freed is no room for tensors
+        taken.append(block)
     try:
+        limit(more)
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+        for block in taken:
+            libc.free(block)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs glibc and /proc")
