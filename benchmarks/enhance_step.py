@@ -73,7 +73,7 @@ def build(recipe: Recipe, stage: int, device: torch.device) -> tuple[Any, Any, c
         backbone = VisionBackbone(full, [0.5] * 3, [0.5] * 3, image_size=recipe.image_size)
         projector = Projector(recipe, backbone.token_dim)
         denoiser = FlowDenoiser(recipe, target.channels, target.latent_side(backbone.image_size))
-    if "backbone" in costs.stage_recipe(recipe, stage).trains and recipe.lora_rank:
+    if "backbone" in recipe.stage(stage).trains and recipe.lora_rank:
         add_lora(backbone, recipe)
     enhancer = Enhancer(backbone, projector, denoiser).requires_grad_(False)
     learns = trainable_names(enhancer, recipe, stage)

@@ -17,7 +17,6 @@ from enhance_step import build, tower_config
 from library_step import LibraryStep
 from torch import Tensor
 
-from llava_genhancer import costs
 from llava_genhancer.enhance.targets import VaeTarget
 from llava_genhancer.recipes import Recipe
 
@@ -33,7 +32,7 @@ class World:
         self.trained = [p for p in self.enhancer.parameters() if p.requires_grad]
         self.optimizer = self.adamw(fused=True)
         self.moments = self.target.moments(images)
-        self.frozen_eye = costs.frozen_backbone(recipe, stage)
+        self.frozen_eye = recipe.frozen_backbone(stage)
         self.tokens = self.eye().float() if self.frozen_eye else None
 
     def adamw(self, **options: Any) -> torch.optim.Optimizer:

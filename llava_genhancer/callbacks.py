@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from llava_genhancer.units import duration
+
 if TYPE_CHECKING:
     from llava_genhancer.trainer import ExactTrainer
 
@@ -74,21 +76,10 @@ class Progress(TrainerCallback):
             rate = logs.get("images_per_second", 0) / (
                 args.train_batch_size * args.gradient_accumulation_steps * self.trainer.world_size
             )
-            left = f", {_time((state.max_steps - state.global_step) / rate)} left" if rate else ""
+            left = f", {duration((state.max_steps - state.global_step) / rate)} left" if rate else ""
             name = self.trainer.stage_dir.name
             print(f"{name} step {state.global_step}/{state.max_steps}: {text}{left}", file=sys.stderr, flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.close()
-
-
-def _time(seconds: float) -> str:
-    """As exact as a forecast is."""
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 60
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )

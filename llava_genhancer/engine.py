@@ -225,10 +225,8 @@ def finish_stage(trainer: ExactTrainer, final: Path, seconds: float, **facts: An
         reports = [None] * trainer.world_size
         dist.all_gather_object(reports, trainer.loader.report().to_dict(), group=trainer.cpu_group)
     if trainer.rank == 0:
-        stage_dir, skipped = trainer.stage_dir, _add_reports(reports)
-        if "places" in skipped:  # a language model's input
-            tokens, places = skipped.pop("tokens"), skipped.pop("places")
-            facts |= {"tokens": tokens, "places": places, "padding_share": round(1 - tokens / max(places, 1), 4)}
+        stage_dir, read = trainer.stage_dir, trainer.data_facts(_add_reports(reports))
+        skipped = read["skipped"]
         weights = stage_dir / FINAL_FILE
         weights.unlink(missing_ok=True)
         try:
@@ -252,7 +250,7 @@ def finish_stage(trainer: ExactTrainer, final: Path, seconds: float, **facts: An
                     name: sum(map(_numel, part.parameters())) for name, part in trainer.model.named_children()
                 },
                 "trainable_parameters": sum(_numel(p) for p in trainer.model.parameters() if p.requires_grad),
-                "skipped": skipped,
+                **read,
                 "skipped_steps": trainer.guard.skipped,
                 "weights_bytes": weights.stat().st_size,
                 "weights_sha256": run.sha256(weights),

@@ -170,3 +170,12 @@ class Recipe(Guards, Training, Method):  # a field's place: the last base's come
             low, high = getattr(self, name)
             if not 0 < low <= high <= top:
                 raise InputError(f"{name}={low},{high} must rise from above 0{' to at most 1' if top == 1 else ''}")
+
+    def stage(self, number: int) -> StageRecipe:
+        """The table of stage 1 or 2."""
+        return {1: self.stage1, 2: self.stage2}[number]
+
+    def frozen_backbone(self, stage: int) -> bool:
+        """Whether the backbone is the pre-trained one from the beginning to the end of a stage."""
+        tables = [self.stage(s) for s in range(1, stage + 1)]
+        return all("backbone" not in table.trains for table in tables if table.max_steps > 0)

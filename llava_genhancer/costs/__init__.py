@@ -6,7 +6,16 @@ irregular for a formula, is counted on its own class without weights.
 
 from llava_genhancer.costs.cache import Records, cache_records, fill_flops
 from llava_genhancer.costs.counting import count_unet
-from llava_genhancer.costs.facts import FLUX_VAE, KNOWN_BACKBONES, VQ_F16, Backbone, Vae, backbone_facts, vae_facts
+from llava_genhancer.costs.facts import (
+    FLUX_VAE,
+    KNOWN_BACKBONES,
+    VQ_F16,
+    Backbone,
+    Vae,
+    Work,
+    backbone_facts,
+    vae_facts,
+)
 from llava_genhancer.costs.folders import backbone_of, facts_of, tokenizer_of
 from llava_genhancer.costs.space import (
     GIB,
@@ -20,7 +29,6 @@ from llava_genhancer.costs.space import (
 )
 from llava_genhancer.costs.work import (
     Mode,
-    Work,
     backbone_flops,
     condition_tokens,
     denoiser_flops,
@@ -28,12 +36,10 @@ from llava_genhancer.costs.work import (
     denoiser_passes,
     denoiser_work,
     engine_parameters,
-    frozen_backbone,
     full_model_parameters,
     lora_parameters,
     projector_flops,
     projector_parameters,
-    stage_recipe,
     step_flops,
     target_size,
     total_flops,
@@ -71,14 +77,12 @@ __all__ = [
     "engine_parameters",
     "facts_of",
     "fill_flops",
-    "frozen_backbone",
     "frozen_half",
     "full_model_parameters",
     "lora_parameters",
     "memory",
     "projector_flops",
     "projector_parameters",
-    "stage_recipe",
     "step_flops",
     "target_size",
     "tokenizer_of",

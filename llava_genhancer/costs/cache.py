@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llava_genhancer.costs.facts import FLUX_VAE, Backbone, Vae
-from llava_genhancer.costs.work import backbone_flops, frozen_backbone, target_size, vae_encoder_flops
+from llava_genhancer.costs.work import backbone_flops, target_size, vae_encoder_flops
 from llava_genhancer.recipes import Recipe
 
 ID_BYTES = 4  # int32
@@ -61,4 +61,4 @@ def fill_flops(recipe: Recipe, backbone: Backbone, vae: Vae = FLUX_VAE, images: 
 def _tokens(recipe: Recipe) -> bool:
     """Whether a stage that trains reads tokens."""
     stages = {1: recipe.stage1, 2: recipe.stage2}
-    return any(table.max_steps > 0 and frozen_backbone(recipe, stage) for stage, table in stages.items())
+    return any(table.max_steps > 0 and recipe.frozen_backbone(stage) for stage, table in stages.items())

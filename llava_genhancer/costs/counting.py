@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llava_genhancer.architectures import SD_UNET_CONFIG
+from llava_genhancer.costs.facts import Work
 from llava_genhancer.toyworld.paths import resolve
-
-if TYPE_CHECKING:
-    from llava_genhancer.costs.work import Work
 
 
 @lru_cache(maxsize=8)
@@ -26,8 +23,6 @@ def count_unet(name: str, latent_side: int, text: int) -> Work:
     from diffusers import UNet2DConditionModel
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-
-    from llava_genhancer.costs.work import Work
 
     folders = [Path(resolve(name)).expanduser() / sub for sub in ("unet", "")]
     folder = next((f for f in folders if (f / "config.json").is_file()), SD_UNET_CONFIG)

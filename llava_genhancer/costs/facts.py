@@ -102,3 +102,13 @@ def vae_facts(config: Any) -> Vae:
         code_dim=(config.get("vq_embed_dim") or latent) if "num_vq_embeddings" in config else 0,
         lowest_attention="Attn" in config.get("down_block_types", [""])[-1],
     )
+
+
+@dataclass(frozen=True)
+class Work:
+    """A denoiser's width and parameters, and one image's multiply-adds forward, with weights and between tokens."""
+
+    width: int
+    parameters: int
+    linear: float
+    attention: float

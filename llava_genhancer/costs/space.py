@@ -12,7 +12,6 @@ from llava_genhancer.costs.work import (
     denoiser_work,
     engine_parameters,
     full_model_parameters,
-    stage_recipe,
     target_size,
     trained_parameters,
     vae_parameters,
@@ -107,7 +106,7 @@ def memory(
 
 def frozen_half(recipe: Recipe, stage: int, backbone: Backbone, vae: Vae = FLUX_VAE) -> int:
     """Parameters that a stage holds in bfloat16 from the start: a pretrained denoiser's that does not learn."""
-    if recipe.denoiser_dtype == "float32" or "denoiser" in stage_recipe(recipe, stage).trains:
+    if recipe.denoiser_dtype == "float32" or "denoiser" in recipe.stage(stage).trains:
         return 0
     return denoiser_parameters(recipe, vae, target_size(recipe, backbone))
 
@@ -128,7 +127,7 @@ def activation_bytes(
     Args:
         engine: the weights are bf16 under DeepSpeed; without it bf16 means autocast.
     """
-    trains = stage_recipe(recipe, stage).trains
+    trains = recipe.stage(stage).trains
     batch, size = recipe.per_device_batch_size, recipe.image_size or backbone.image_size
     side = target_size(recipe, backbone) // vae.downscale
     d = denoiser_work(recipe, target_size(recipe, backbone), vae).width
@@ -178,7 +177,7 @@ def disk_bytes(
     parts: dict[str, float] = {}
     largest = 0.0
     for stage in (1, 2):
-        table = stage_recipe(recipe, stage)
+        table = recipe.stage(stage)
         if not table.max_steps:
             continue
         trained = trained_parameters(recipe, stage, backbone, vae)

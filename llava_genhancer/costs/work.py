@@ -8,27 +8,16 @@ Legend: d width, m width of the MLP, n image tokens, t tokens of a tower, e = 4 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Literal
 
-from llava_genhancer.costs.facts import FLUX_VAE, Backbone, Vae
-from llava_genhancer.recipes import Recipe, StageRecipe
+from llava_genhancer.costs.facts import FLUX_VAE, Backbone, Vae, Work
+from llava_genhancer.recipes import Recipe
 
 Mode = Literal["forward", "train", "frozen"]
 
 
 def _linear(inputs: int, outputs: int, bias: bool = True) -> int:
     return inputs * outputs + bias * outputs
-
-
-@dataclass(frozen=True)
-class Work:
-    """A denoiser's width and parameters, and one image's multiply-adds forward, with weights and between tokens."""
-
-    width: int
-    parameters: int
-    linear: float
-    attention: float
 
 
 def denoiser_parameters(recipe: Recipe, vae: Vae = FLUX_VAE, image_size: int = 224) -> int:
@@ -163,17 +152,6 @@ def lora_parameters(recipe: Recipe, backbone: Backbone) -> int:
     return total
 
 
-def stage_recipe(recipe: Recipe, stage: int) -> StageRecipe:
-    """The table of stage 1 or 2."""
-    return recipe.stage1 if stage == 1 else recipe.stage2
-
-
-def frozen_backbone(recipe: Recipe, stage: int) -> bool:
-    """Whether the backbone is the pre-trained one from the beginning to the end of a stage."""
-    tables = [stage_recipe(recipe, s) for s in range(1, stage + 1)]
-    return all("backbone" not in table.trains for table in tables if table.max_steps > 0)
-
-
 def trained_parameters(recipe: Recipe, stage: int, backbone: Backbone, vae: Vae = FLUX_VAE) -> int:
     """Parameters that learn in a stage."""
     sizes = {
@@ -181,7 +159,7 @@ def trained_parameters(recipe: Recipe, stage: int, backbone: Backbone, vae: Vae 
         "projector": projector_parameters(recipe, backbone),
         "denoiser": denoiser_parameters(recipe, vae, target_size(recipe, backbone)),
     }
-    return sum(sizes[part] for part in stage_recipe(recipe, stage).trains)
+    return sum(sizes[part] for part in recipe.stage(stage).trains)
 
 
 def engine_parameters(recipe: Recipe, stage: int, backbone: Backbone, vae: Vae = FLUX_VAE) -> int:
@@ -190,7 +168,7 @@ def engine_parameters(recipe: Recipe, stage: int, backbone: Backbone, vae: Vae =
     towers = vision_parameters(backbone)
     if recipe.lora_scope == "all":
         towers = full_model_parameters(backbone)
-    adapted = any("backbone" in stage_recipe(recipe, s).trains for s in range(1, stage + 1)) and recipe.lora_rank > 0
+    adapted = any("backbone" in recipe.stage(s).trains for s in range(1, stage + 1)) and recipe.lora_rank > 0
     # The biases that LoRA trains are the tower's own; only the pairs come on top.
     adapters = lora_parameters(dataclasses.replace(recipe, lora_bias="none"), backbone) if adapted else 0
     return towers + adapters + projector_parameters(recipe, backbone) + denoiser
@@ -313,7 +291,7 @@ def step_flops(recipe: Recipe, stage: int, backbone: Backbone, vae: Vae = FLUX_V
 
     With ``cache_crops`` what the cache holds costs none: see :func:`llava_genhancer.costs.fill_flops` for filling it.
     """
-    trains = stage_recipe(recipe, stage).trains
+    trains = recipe.stage(stage).trains
     size = target_size(recipe, backbone)
     through = "backbone" in trains
     lora = through and recipe.lora_rank > 0
@@ -327,7 +305,7 @@ def step_flops(recipe: Recipe, stage: int, backbone: Backbone, vae: Vae = FLUX_V
     told = views * recipe.draws_per_image
     denoiser = denoiser_flops(recipe, size, vae, mode("denoiser"), text=condition_tokens(recipe, backbone))
     eye: Mode = "forward" if not through else "frozen" if lora else "train"
-    seen = recipe.cache_crops > 0 and frozen_backbone(recipe, stage)
+    seen = recipe.cache_crops > 0 and recipe.frozen_backbone(stage)
     return {
         "target encoding": 0.0 if recipe.cache_crops else vae_encoder_flops(size, vae),
         "backbone": 0.0 if seen else views * backbone_flops(recipe, backbone, eye, lora=lora),
@@ -342,5 +320,5 @@ def target_size(recipe: Recipe, backbone: Backbone) -> int:
 
 def total_flops(recipe: Recipe, stage: int, backbone: Backbone, vae: Vae = FLUX_VAE) -> float:
     """FLOPs of a whole stage over all devices."""
-    images = stage_recipe(recipe, stage).max_steps * recipe.global_batch_size
+    images = recipe.stage(stage).max_steps * recipe.global_batch_size
     return images * sum(step_flops(recipe, stage, backbone, vae).values())

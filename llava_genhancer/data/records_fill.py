@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import BinaryIO
 
 import torch
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from llava_genhancer import run
+from llava_genhancer import machine, run
 from llava_genhancer.data.decode import BadImage
 from llava_genhancer.data.images import Source
 from llava_genhancer.data.loader import MIN_READ, start_worker
@@ -133,6 +134,24 @@ def fill(
         others = [(layer, u) for name, layer in layers.items() for u in missing[name] if u % world != rank]
         while not all(layer.whole(u) for layer, u in others):
             time.sleep(1)
+
+
+def check_disk(folder: Path, need: float, otherwise: str) -> None:
+    """Refuse a cache that cannot fit.
+
+    Args:
+        need: bytes still to write.
+        otherwise: the option that does without.
+
+    Raises:
+        InputError: with what is needed and what is free.
+    """
+    free, gib = machine.free_bytes(folder), 2.0**30
+    if need > free:
+        raise InputError(
+            f"the cache needs {need / gib:.1f} GiB and {folder.parent} has {free / gib:.1f} GiB free: choose "
+            f"--cache_folder on another disk, or {otherwise}"
+        )
 
 
 class _Writer:

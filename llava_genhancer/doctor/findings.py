@@ -49,13 +49,6 @@ def flops(count: float) -> str:
     return f"{count:.0f} FLOP"
 
 
-def duration(hours: float) -> str:
-    """Hours in words."""
-    if hours < 1:
-        return f"{max(hours * 60, 0.1):.1f} minutes"
-    return f"{hours:.1f} hours" if hours < 72 else f"{hours / 24:.0f} days"
-
-
 def several(number: int, name: str) -> str:
     """A number of things in words."""
     return f"{number} {name}{'s' if number != 1 else ''}"

@@ -29,9 +29,8 @@ def data(recipe: Recipe) -> tuple[Finding, int | None]:
     except ImportError as error:
         return Finding(PROBLEM, "data", f"{recipe.data} could not be opened: {error}", INSTALL), None
     kind = "shards" if hasattr(source, "shards") else "images"
-    return Finding(OK, "data", f"{recipe.data}: {len(source)} {kind}, the first image decodes"), _count(
-        source
-    ) if recipe.cache_crops else None
+    found = Finding(OK, "data", f"{recipe.data}: {len(source)} {kind}, the first image decodes")
+    return found, _count(source) if recipe.cache_crops else None
 
 
 def _count(source: Any) -> int | None:

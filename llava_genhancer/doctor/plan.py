@@ -12,8 +12,9 @@ from llava_genhancer import costs, machine
 from llava_genhancer.costs import GIB, Backbone, Vae, Zero
 from llava_genhancer.doctor import devices
 from llava_genhancer.doctor.devices import Gpu
-from llava_genhancer.doctor.findings import NOTE, OK, PROBLEM, Finding, duration, flops, gib, several
+from llava_genhancer.doctor.findings import NOTE, OK, PROBLEM, Finding, flops, gib, several
 from llava_genhancer.recipes import Recipe
+from llava_genhancer.units import duration
 
 CPU_DAYS = 3.0  # a training that takes longer than this on the CPU wants a GPU
 A100 = 312e12  # dense bf16 FLOP/s, for a forecast where no GPU can be asked
@@ -59,18 +60,18 @@ class Plan:
             except RuntimeError:  # no memory free on it; the lines on memory say so
                 yield Finding(OK, "compute", counted)
                 return
-            least = duration(sum(work) / rate / ranks / 3600)
+            least = duration(sum(work) / rate / ranks)
             basis = f"{several(ranks, 'GPU')} at this one's measured {rate / 1e12:.0f} TFLOP/s"
             yield Finding(OK, "compute", f"{counted}: at least {least} on {basis}")
             return
-        hours = sum(work) / devices.matmul_rate(torch, "cpu", torch.float32, 512) / 3600
+        seconds = sum(work) / devices.matmul_rate(torch, "cpu", torch.float32, 512)
         cores = f"{several(os.cpu_count() or 1, 'CPU core')}, no GPU"
-        if hours > CPU_DAYS * 24:
-            gpu = f"{several(ranks, 'A100')} would take at least {duration(sum(work) / A100 / ranks / 3600)}"
+        if seconds > CPU_DAYS * 24 * 3600:
+            gpu = f"{several(ranks, 'A100')} would take at least {duration(sum(work) / A100 / ranks)}"
             yield Finding(PROBLEM, "devices", cores, f"use a machine with a GPU ({gpu}); the recipe `tiny` runs here")
         else:
             yield Finding(OK, "devices", cores)
-        yield Finding(OK, "compute", f"{counted}: at least {duration(hours)} on this CPU")
+        yield Finding(OK, "compute", f"{counted}: at least {duration(seconds)} on this CPU")
 
     def shapes(self) -> Iterator[Finding]:
         """Whether image side and batch come out even."""
@@ -99,7 +100,7 @@ class Plan:
         label = f"ZeRO-{zero.stage}" if zero.stage is not None else "no ZeRO"
         largest_host = 0.0
         for stage in (1, 2):
-            if costs.stage_recipe(self.recipe, stage).max_steps == 0:
+            if self.recipe.stage(stage).max_steps == 0:
                 continue
             need = costs.memory(self.recipe, stage, self.backbone, self.vae, zero=zero, ranks=ranks, cuda=elsewhere)
             # On a CPU what counts as device memory is main memory.

@@ -10,16 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_genhancer import machine
-from llava_genhancer.costs import GIB, Records, frozen_backbone
+from llava_genhancer.costs import GIB, Records
 from llava_genhancer.data.images import IndexedSource, ShardSource, Source, fingerprint
 from llava_genhancer.data.records import Layer, count_images, open_layer, units_of, weights_hash
-from llava_genhancer.data.records_fill import fill
+from llava_genhancer.data.records_fill import check_disk, fill
 from llava_genhancer.data.views import TrainView
 from llava_genhancer.enhance.cache import Cache, CachedItems, CachedShards, CachedView, Crop
 from llava_genhancer.enhance.enhancer import Enhancer
 from llava_genhancer.enhance.tokenizer import Target
-from llava_genhancer.errors import InputError
 from llava_genhancer.recipes import Recipe
 
 log = logging.getLogger(__name__)
@@ -51,7 +49,7 @@ def open_cache(
     common |= {"image_size": backbone.image_size, "units": units_of(source)}
     targets = {"weights": encoder_hash(target), "posterior": recipe.vae_posterior, "target_size": recipe.target_size}
     encoders: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, Any]]] = {"targets": (target.moments, targets)}
-    if frozen_backbone(recipe, stage):
+    if recipe.frozen_backbone(stage):
         statistics = (*backbone.image_mean, *backbone.image_std)
         facts = {"weights": weights_hash(backbone.state_dict()), "statistics": statistics}
         encoders["tokens"] = (tokens, {**facts, "precision": recipe.precision, "condition": recipe.condition})
@@ -102,10 +100,4 @@ def _check_disk(source: Source, layers: dict[str, Layer], missing: dict[str, lis
         need += size
         still = f"{size / GIB:.2f} GiB still to write in {layer.folder}"
         log.info("cache of %s: %s; %s", name, records.told(images), still)
-    folder = layers["targets"].folder
-    free = machine.free_bytes(folder)
-    if need > free:
-        raise InputError(
-            f"the cache needs {need / GIB:.1f} GiB and {folder.parent} has {free / GIB:.1f} GiB free: choose "
-            "--cache_folder on another disk, fewer --cache_crops, or --cache_crops 0"
-        )
+    check_disk(layers["targets"].folder, need, "fewer --cache_crops, --cache_crops 0 for none")

@@ -24,7 +24,7 @@ from llava_genhancer.enhance.backbones import (
     vision_half,
 )
 from llava_genhancer.enhance.eva import save_open_clip, verify_open_clip
-from llava_genhancer.enhance.stages import STAGES, WEIGHTS, stage_recipe
+from llava_genhancer.enhance.stages import STAGES, WEIGHTS
 from llava_genhancer.errors import InputError
 from llava_genhancer.recipes import Recipe, to_dict
 from llava_genhancer.tower.export import MARKER, read_marker, save_tower, verify_tower
@@ -88,7 +88,7 @@ def weight_files(run_dir: Path, recipe: Recipe, step: int | None = None) -> list
     Raises:
         InputError: a stage is unfinished, or the snapshot does not exist.
     """
-    tables = {stage: stage_recipe(recipe, stage) for stage in STAGES}
+    tables = {stage: recipe.stage(stage) for stage in STAGES}
     folders = [
         run_dir / f"stage{s}" for s, table in tables.items() if table.max_steps > 0 and "backbone" in table.trains
     ]

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from llava_genhancer.costs import stage_recipe
 from llava_genhancer.engine import load_trained
 from llava_genhancer.enhance.backbones import add_lora, trainable_backbone_names
 from llava_genhancer.enhance.enhancer import Enhancer, build_enhancer
@@ -25,7 +24,7 @@ STAGES = (1, 2)
 def trainable_names(enhancer: Enhancer, recipe: Recipe, stage: int) -> set[str]:
     """Exactly the parameters that learn in a stage."""
     names: set[str] = set()
-    for part in stage_recipe(recipe, stage).trains:
+    for part in recipe.stage(stage).trains:
         if part == "backbone":
             names |= {f"backbone.{n}" for n in trainable_backbone_names(enhancer.backbone, recipe)}
         else:
@@ -45,8 +44,8 @@ def build_stage(recipe: Recipe, stage: int, target: Target, results: Iterable[Pa
         InputError: a weight file does not fit this recipe.
     """
     enhancer = build_enhancer(recipe, target)
-    earlier = [s for s in STAGES[: stage - 1] if stage_recipe(recipe, s).max_steps > 0]
-    if any("backbone" in stage_recipe(recipe, s).trains for s in (*earlier, stage)) and recipe.lora_rank > 0:
+    earlier = [s for s in STAGES[: stage - 1] if recipe.stage(s).max_steps > 0]
+    if any("backbone" in recipe.stage(s).trains for s in (*earlier, stage)) and recipe.lora_rank > 0:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             add_lora(enhancer.backbone, recipe)

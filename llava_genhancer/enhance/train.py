@@ -29,7 +29,7 @@ from llava_genhancer.enhance.export import export_tower
 from llava_genhancer.enhance.inputs import CachedInputs, FreshInputs
 from llava_genhancer.enhance.pretrained import check_denoiser
 from llava_genhancer.enhance.size import check_size
-from llava_genhancer.enhance.stages import WEIGHTS, build_stage, stage_recipe
+from llava_genhancer.enhance.stages import WEIGHTS, build_stage
 from llava_genhancer.enhance.targets import check_target, load_target
 from llava_genhancer.enhance.tokenizer import Target
 from llava_genhancer.errors import InputError
@@ -89,12 +89,12 @@ def enhance(
 
 def train_stage(recipe: Recipe, stage: int, run_dir: Path, source: Source, deepspeed: str | None) -> None:
     """Train one stage to its end, or recognise that it is finished."""
-    table = stage_recipe(recipe, stage)
+    table = recipe.stage(stage)
     stage_dir = run_dir / f"stage{stage}"
     if table.max_steps == 0 or engine.stage_result(stage_dir) is not None:
         log.info("stage %d: %s", stage, "nothing to do" if table.max_steps == 0 else "finished before, skipped")
         return
-    earlier = [run_dir / f"stage{s}" for s in range(1, stage) if stage_recipe(recipe, s).max_steps > 0]
+    earlier = [run_dir / f"stage{s}" for s in range(1, stage) if recipe.stage(s).max_steps > 0]
     for folder in earlier:
         if engine.stage_result(folder) is None:
             raise InputError(f"stage {stage} builds on {folder.name}, which is not finished in {run_dir}: run it first")
@@ -249,7 +249,7 @@ def training_arguments(recipe: Recipe, stage: int, stage_dir: Path, deepspeed: s
     Raises:
         InputError: the global batch does not divide over ranks and micro-batches, or the JSON is not usable.
     """
-    table = stage_recipe(recipe, stage)
+    table = recipe.stage(stage)
     return engine.training_arguments(
         stage_dir,
         deepspeed,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llava_genhancer.data.images import ShardSource, open_source
 from llava_genhancer.enhance.export import export_tower
-from llava_genhancer.enhance.stages import STAGES, stage_recipe
+from llava_genhancer.enhance.stages import STAGES
 from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate.mmvp.data import Benchmark, load_benchmark
 from llava_genhancer.evaluate.mmvp.measure import evaluate_tower
@@ -214,7 +214,7 @@ def _pictures(folder: Path) -> list[tuple[int, Path]]:
 
 def _mmvp(run_dir: Path, recipe: Recipe, tower: Tower, benchmark: Benchmark) -> list[dict[str, Any]]:
     """MMVP-VLM of the original, of each snapshot and of the end, by the step of the last stage with the backbone."""
-    tables = {stage: stage_recipe(recipe, stage) for stage in STAGES}
+    tables = {stage: recipe.stage(stage) for stage in STAGES}
     stage = max((s for s, t in tables.items() if t.max_steps > 0 and "backbone" in t.trains), default=None)
     if stage is None:
         return [_point(0, tower, benchmark)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llava_genhancer import units
 from llava_genhancer.evaluate.markdown import code, table, text
 from llava_genhancer.evaluate.mmvp.results import Comparison, MmvpResult, Score
 from llava_genhancer.evaluate.paper import PATTERNS
@@ -90,9 +91,6 @@ def number(value: Any) -> str:
 
 
 def duration(seconds: Any) -> str:
-    """``2 h 05 min``, ``3 min 07 s`` or ``4.2 s``."""
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
+    """A result's time in words; ``-`` where it holds none."""
+    known = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    return units.duration(seconds) if known else "-"

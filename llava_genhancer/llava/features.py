@@ -24,12 +24,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llava_genhancer import machine
 from llava_genhancer.data.decode import BadImage
 from llava_genhancer.data.images import IndexedSource, RawSample
 from llava_genhancer.data.records import CHUNK, Layer, open_layer, units_of, weights_hash
-from llava_genhancer.data.records_fill import fill
-from llava_genhancer.errors import InputError
+from llava_genhancer.data.records_fill import check_disk, fill
 from llava_genhancer.llava.dataset import ImageView, LlavaDataset
 from llava_genhancer.llava.model import Llava
 from llava_genhancer.llava.recipes import LlavaRecipe
@@ -172,14 +170,9 @@ def open_features(
 
 def _check_disk(layer: Layer, images: int, share: float, step: str) -> None:
     """Say what will be written, and refuse what cannot fit."""
-    gib = 2.0**30
-    need, free = images * share * layer.stored_bytes, machine.free_bytes(layer.folder)
+    need = images * share * layer.stored_bytes
     log.info(
         "cache of the tower's features: %d images x %.1f KiB; %.2f GiB still to write in %s",
-        images, layer.stored_bytes / 1024, need / gib, layer.folder,
+        images, layer.stored_bytes / 1024, need / 2.0**30, layer.folder,
     )  # fmt: skip
-    if need > free:
-        raise InputError(
-            f"the cache needs {need / gib:.1f} GiB and {layer.folder.parent} has {free / gib:.1f} GiB free: choose "
-            f"--cache_folder on another disk, or --{step}.cache_features false"
-        )
+    check_disk(layer.folder, need, f"--{step}.cache_features false")

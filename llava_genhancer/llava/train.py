@@ -218,6 +218,11 @@ def training_arguments(
     )
 
 
+def _padding(tokens: int, places: int) -> float:
+    """Share of the places that hold no token."""
+    return round(1 - tokens / max(places, 1), 4)
+
+
 class LlavaTrainer(ExactTrainer):
     """Feeds a :class:`Llava`; the projector may have a learning rate of its own."""
 
@@ -255,8 +260,19 @@ class LlavaTrainer(ExactTrainer):
                 dist.all_reduce(new, group=self.cpu_group)
             tokens, places = new.tolist()
             rate = tokens / max(time.monotonic() - self.last_log[0], 1e-9)
-            logs = {**logs, "tokens_per_second": round(rate, 1), "padding_share": round(1 - tokens / max(places, 1), 4)}
+            logs = {**logs, "tokens_per_second": round(rate, 1), "padding_share": _padding(tokens, places)}
         super().log(logs, start_time)
+
+    def data_facts(self, report: dict[str, Any]) -> dict[str, Any]:
+        """Beside what was skipped, the tokens that the language model read and the places that it computed."""
+        skipped = dict(report)
+        tokens, places = skipped.pop("tokens"), skipped.pop("places")
+        return {
+            "tokens": tokens,
+            "places": places,
+            "padding_share": _padding(tokens, places),
+            **super().data_facts(skipped),
+        }
 
     def _load_data_position(self, folder: Path) -> None:
         super()._load_data_position(folder)

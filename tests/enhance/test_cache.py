@@ -9,7 +9,6 @@ import torch
 from torch.utils.data import default_collate
 
 from llava_genhancer import costs, machine, recipes, run
-from llava_genhancer.costs import frozen_backbone
 from llava_genhancer.data.images import open_source
 from llava_genhancer.data.loader import build_loader
 from llava_genhancer.data.order import sample_seed
@@ -226,10 +225,10 @@ def test_refusals(
 
 
 def test_a_backbone_that_learned_is_not_cached(recipe_of: Callable[..., recipes.Recipe]) -> None:
-    assert [frozen_backbone(recipe_of(), s) for s in (1, 2)] == [True, False]
+    assert [recipe_of().frozen_backbone(s) for s in (1, 2)] == [True, False]
     late = {"stage1.trains": "backbone", "stage2.trains": "projector"}
-    assert [frozen_backbone(recipe_of(**late), s) for s in (1, 2)] == [False, False]
-    assert frozen_backbone(recipe_of(**late, **{"stage1.max_steps": 0}), 2)
+    assert [recipe_of(**late).frozen_backbone(s) for s in (1, 2)] == [False, False]
+    assert recipe_of(**late, **{"stage1.max_steps": 0}).frozen_backbone(2)
 
 
 class Crash(BaseException):

@@ -1,20 +1,17 @@
 """DCR's contrast: InfoNCE by hand, every noisy image under every condition, what learns, and exact resumption."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import TrainerCallback
 
 from llava_genhancer import recipes
 from llava_genhancer.enhance.conditions import Condition
 from llava_genhancer.enhance.denoisers import DENOISERS
 from llava_genhancer.enhance.objectives import contrast_loss
 from llava_genhancer.enhance.stages import build_stage
-from llava_genhancer.enhance.train import EnhanceTrainer, enhance
 from llava_genhancer.errors import InputError
 
 
@@ -125,39 +122,3 @@ def test_named_recipes_are_the_papers() -> None:
 def test_contrasts_of_nothing_are_refused(unet_recipe_of, changes: dict, words: str) -> None:
     with pytest.raises(InputError, match=words):
         unet_recipe_of(objective="contrast", **changes)
-
-
-# --- a training ----------------------------------------------------------------------------------------------------
-
-
-class Crash(BaseException):
-    """Stands for kill -9: nothing of ours may catch it."""
-
-
-class Bomb(TrainerCallback):
-    """Ends the process in the middle of a stage."""
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if state.global_step == 3:
-            raise Crash
-
-
-def test_dcr_resumes_bit_identically(recipe_of, tmp_path: Path, monkeypatch) -> None:
-    """With the light denoiser in Stable Diffusion's place; the second views are drawn again as they were."""
-    short = {"stage1.max_steps": 4, "stage1.save_steps": 2, "stage2.max_steps": 0, "sample_images": 0}
-    recipe = recipe_of(objective="contrast", **short)
-    enhance(recipe, tmp_path / "whole", stages=(1,))
-    original = EnhanceTrainer.__init__
-
-    def init(self, *args, **kwargs) -> None:
-        original(self, *args, **kwargs)
-        self.add_callback(Bomb())
-
-    with monkeypatch.context() as patch:
-        patch.setattr(EnhanceTrainer, "__init__", init)
-        with pytest.raises(Crash):
-            enhance(recipe, tmp_path / "cut", stages=(1,))
-    torch.manual_seed(12345)
-    enhance(recipe, tmp_path / "cut", stages=(1,))
-    weights = [(tmp_path / name / "stage1" / "weights.safetensors").read_bytes() for name in ("cut", "whole")]
-    assert weights[0] == weights[1]

@@ -8,7 +8,7 @@ from llava_genhancer.callbacks import Progress
 
 
 @pytest.mark.parametrize(
-    ("step", "left"), [(1_000, "0 s"), (998, "1 s"), (901, "50 s"), (800, "2 min"), (-20_000, "2.9 h")]
+    ("step", "left"), [(1_000, "0.0 s"), (998, "1.0 s"), (901, "49.5 s"), (800, "1 min 40 s"), (-20_000, "2 h 55 min")]
 )
 def test_the_time_left_has_a_unit_of_its_size(tmp_path, capsys, step, left) -> None:
     progress = Progress(SimpleNamespace(rank=0, world_size=2, stage_dir=tmp_path / "stage1"))  # type: ignore[arg-type]
