@@ -223,7 +223,7 @@ def _mmvp(run_dir: Path, recipe: Recipe, tower: Tower, benchmark: Benchmark) -> 
     points = [_point(0, tower, benchmark)]
     with tempfile.TemporaryDirectory(dir=run_dir, prefix=".snapshot-") as scratch:
         for step in [s for s in kept if s < last]:
-            snapshot = export_tower(run_dir, Path(scratch) / "tower", recipe, step=step)
+            snapshot = export_tower(run_dir, Path(scratch) / "tower", recipe, step=step, overwrite=True)
             points.append(_point(step, load_tower(str(snapshot), tower.device), benchmark))
     return [*points, _point(last, load_tower(str(run_dir / "tower"), tower.device), benchmark)]
 

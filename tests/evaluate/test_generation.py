@@ -31,9 +31,9 @@ def images() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_fields) -> tuple[Path, recipes.Recipe]:
-    """An ordinary run with pictures at 0, 2, 4 of both stages, and a snapshot at 2 of the second."""
+    """An ordinary run with pictures at 0, 2, 4 of both stages, and snapshots at 2 and 3 of the second."""
     short = {f"stage{n}.{name}": steps for n in (1, 2) for name, steps in (("max_steps", 4), ("sample_steps", 2))}
-    recipe = recipes.override(recipes.Recipe(), {**tiny_fields, **short, "stage2.snapshot_steps": "2"})
+    recipe = recipes.override(recipes.Recipe(), {**tiny_fields, **short, "stage2.snapshot_steps": "2,3"})
     folder = tmp_path_factory.mktemp("generation") / "run"
     enhance(recipe, folder)
     return folder, recipe
@@ -121,9 +121,9 @@ def test_an_ordinary_run_has_its_curve(finished, benchmark_dir, tmp_path) -> Non
     assert all(p["psnr"] > 0 and -1 <= p["clip_score"] <= 1 for points in measured["stages"].values() for p in points)
     assert final(folder) == measured["stages"]["2"][-1]
 
-    snapshot = export_tower(folder, tmp_path / "snapshot", recipe, step=2)
+    snapshots = {step: str(export_tower(folder, tmp_path / str(step), recipe, step=step)) for step in (2, 3)}
     benchmark = load_benchmark(benchmark_dir)
-    towers = {0: recipe.backbone, 2: str(snapshot), 4: str(folder / "tower")}
+    towers = {0: recipe.backbone, **snapshots, 4: str(folder / "tower")}
     expected = {step: evaluate_tower(tower, benchmark).average.percent for step, tower in towers.items()}
     assert {p["step"]: p["percent"] for p in measured["mmvp_vlm"]} == expected
     with Image.open(folder / "figures" / "generation.png") as figure:
