@@ -5,8 +5,9 @@ Nothing in this file imports torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from llava_genhancer.errors import InputError
 from llava_genhancer.fields import option
@@ -34,6 +35,71 @@ READ_BY = {
     "contrast_temperature": ("flow", "unet"),
     "draws_per_image": ("flow", "unet"),
 }
+
+
+@dataclass(frozen=True)
+class MethodName:
+    """How reports, figures and model cards name what a recipe does.
+
+    Attributes:
+        key: the published method, for the paper's rows and the card's tags; None for a combination nobody published.
+        title: the method's name with its source.
+        loss: what the training loss measures.
+        sampler: how pictures are made from the condition.
+    """
+
+    key: str | None
+    title: str
+    loss: str
+    sampler: str
+
+
+_FLOW, _UNMASKING, _DDIM = "the rectified-flow ODE", "iterative unmasking of VQ tokens", "DDIM sampling"
+_VELOCITY = "velocity MSE"
+GENHANCER = "arXiv 2503.19480"
+METHOD_NAMES = {
+    "genhancer": MethodName("genhancer", f"GenHancer, continuous denoiser ({GENHANCER})", _VELOCITY, _FLOW),
+    "genhancer-discrete": MethodName(
+        "genhancer-discrete",
+        f"GenHancer, discrete denoiser ({GENHANCER})",
+        "cross-entropy of masked tokens",
+        _UNMASKING,
+    ),
+    "genhancer-flux": MethodName(
+        "genhancer-flux", f"GenHancer with a pretrained FLUX denoiser ({GENHANCER}, Table 7)", _VELOCITY, _FLOW
+    ),
+    "diva": MethodName("diva", "DIVA (arXiv 2407.20171)", "MSE of the predicted noise or velocity", _DDIM),
+    "dcr": MethodName("dcr", "DCR (arXiv 2603.04803)", "contrast between predictions, InfoNCE", _DDIM),
+}
+_MIXED = MethodName(
+    None, "DCR's contrast (arXiv 2603.04803) with a FLUX-like denoiser, a combination of ours",
+    METHOD_NAMES["dcr"].loss, _FLOW,
+)  # fmt: skip
+UNKNOWN = MethodName(None, "an unknown method", "as the run's recipe defines it", "the run's denoiser")
+
+
+def method_name(values: Mapping[str, Any]) -> MethodName:
+    """Returns the method of a recipe by its denoiser and objective; the recipe's name does not count.
+
+    Args:
+        values: a recipe's fields as :func:`~llava_genhancer.fields.to_dict` gives them; without a denoiser the method
+            is ``UNKNOWN``.
+    """
+    denoiser, contrast = values.get("denoiser"), values.get("objective", "rebuild") == "contrast"
+    if denoiser == "masked":
+        return METHOD_NAMES["genhancer-discrete"]
+    if denoiser == "unet":
+        return METHOD_NAMES["dcr" if contrast else "diva"]
+    if denoiser == "flow":
+        light = values.get("denoiser_weights") is None
+        return _MIXED if contrast else METHOD_NAMES["genhancer" if light else "genhancer-flux"]
+    return UNKNOWN
+
+
+def read_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields that the recipe's denoiser reads, in order."""
+    denoiser = values.get("denoiser")
+    return {k: v for k, v in values.items() if denoiser is None or denoiser in READ_BY.get(k, (denoiser,))}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -153,7 +153,10 @@ def _notes(results: Table, quantities: Sequence[str]) -> str:
         said.append(DEFINITIONS)
     if results.backbones:
         sources = "arXiv 2503.19480" + ("; DCR's own, arXiv 2603.04803" if results.name == "modes" else "")
-        said.append(f"Columns of the paper are other backbones on other data ({sources}).")
+        said.append(
+            f"The paper's columns are of the backbones that they name, trained by the paper's recipes on the paper's "
+            f"data ({sources}); a cell whose method was changed has none."
+        )
     if len(results.rows) > 2:
         said.append(f"{len(results.rows)} cells are {len(results.rows)} chances for an interval to miss by luck.")
     return " ".join(said)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_genhancer.ablate.grids import Grid
+from llava_genhancer.ablate.grids import Cell, Grid
 from llava_genhancer.ablate.running import Job
 from llava_genhancer.engine import stage_result
 from llava_genhancer.enhance.stages import STAGES
@@ -18,6 +18,8 @@ from llava_genhancer.evaluate.mmvp.results import MmvpResult, compare, load_resu
 from llava_genhancer.evaluate.report import generation_section
 from llava_genhancer.evaluate.report.seeds import spread
 from llava_genhancer.evaluate.zero_shot import results as zero_shot_results
+from llava_genhancer.method import method_name
+from llava_genhancer.recipes import get_recipe, to_dict
 from llava_genhancer.run import read_json
 
 # What is printed of a cell: column title, and format of its mean.
@@ -122,7 +124,7 @@ def gather(name: str, recipe: str, grid: Grid, jobs: Sequence[Job], failed: Mapp
                 estimates=_mmvp(pairs) | _others([_quantities(job, grid.cost) for job in done]),
                 details=_others([_details(job.folder) for job in done]),
                 failed={job.seed: failed[job.folder] for job in own if job.folder in failed},
-                published=published.get(cell.label, {}),
+                published=published.get(cell.label, {}) if _as_published(cell, recipe, own) else {},
                 picture=_last_picture(done[0].folder) if done else None,
             )
         )
@@ -130,6 +132,12 @@ def gather(name: str, recipe: str, grid: Grid, jobs: Sequence[Job], failed: Mapp
     drawn = [row.picture for row in table.rows if row.picture is not None]
     table.originals_picture = drawn[0].parent / "originals.png" if drawn else None
     return table
+
+
+def _as_published(cell: Cell, recipe: str, jobs: Sequence[Job]) -> bool:
+    """Returns whether a cell's runs are of the method that the paper's cell is of, whatever else was changed."""
+    key = method_name(to_dict(get_recipe(cell.start(recipe)))).key
+    return all(method_name(to_dict(job.recipe)).key == key for job in jobs)
 
 
 def _towers(folder: Path) -> tuple[MmvpResult, MmvpResult] | None:

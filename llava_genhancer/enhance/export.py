@@ -26,6 +26,7 @@ from llava_genhancer.enhance.backbones import (
 from llava_genhancer.enhance.eva import save_open_clip, verify_open_clip
 from llava_genhancer.enhance.stages import STAGES, WEIGHTS
 from llava_genhancer.errors import InputError
+from llava_genhancer.method import method_name
 from llava_genhancer.recipes import Recipe, to_dict
 from llava_genhancer.tower.export import MARKER, read_marker, save_tower, verify_tower
 
@@ -199,16 +200,18 @@ def write_card(tower_dir: Path, run_dir: Path) -> None:
     use = '`--vision_tower <this folder>` in LLaVA and its forks, or `AutoModel.from_pretrained("<this folder>")`.'
     if is_open_clip(str(tower_dir)):
         library, use = "open_clip", '`open_clip.create_model_from_pretrained("local-dir:<this folder>")`.'
+    method = method_name(recipe)
+    method_tags = [method.key] if method.key else []
     snapshot = "" if step is None else f" from the snapshot of step {step}"
     text = f"""---
 library_name: {library}
 pipeline_tag: zero-shot-image-classification
-{tags}tags: [clip, genhancer, llava]
+{tags}tags: [{", ".join(["clip", *method_tags, "llava"])}]
 ---
 
-# {recipe["name"]}: a vision tower enhanced by generative post-training
+# {recipe["name"]}: a vision tower enhanced by post-training
 
-`{base}` after GenHancer (arXiv 2503.19480), by llava_genhancer {manifest["versions"]["llava_genhancer"]}.
+`{base}` after post-training with {method.title}, by llava_genhancer {manifest["versions"]["llava_genhancer"]}.
 Data: `{recipe["data"]}`. Seed {recipe["seed"]}. Exported with lora_scale {marker["lora_scale"]:g}{snapshot}.
 
 Command: `{shlex.join(["llava-genhancer", *manifest["command"][1:]])}`

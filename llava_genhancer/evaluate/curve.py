@@ -164,7 +164,8 @@ def mixed(first: Tower, other: Tower, scale: float) -> Tower:
             value.copy_(torch.lerp(value, theirs[name], scale))
     pairs = [(f"{side}/{n}", sha) for side, t in (("0", first), ("1", other)) for n, sha in t.weights.items()]
     weights = {"lora_scale": f"{scale:g}", **dict(pairs)} if first.weights and other.weights else {}
-    return dataclasses.replace(other, name=f"{other.name} at {scale:g}", model=model, weights=weights)
+    method = f"{other.method or 'mixed'} at lora_scale {scale:g}"  # no published row is of a mixture
+    return dataclasses.replace(other, name=f"{other.name} at {scale:g}", model=model, weights=weights, method=method)
 
 
 def _names(towers: Sequence[str]) -> tuple[str, str]:

@@ -76,7 +76,7 @@ def short(label: str, limit: int = 34) -> str:
 
 
 def mmvp_figure(results: Sequence[MmvpResult], path: str | Path) -> None:
-    """Bars per pattern and the average, with 95 % intervals; the paper's figures as diamonds where Table 1 has them."""
+    """Bars per pattern and the average, with 95 % intervals; published figures as diamonds where a tower has a row."""
     with Drawing(path, 12.5, 5.0) as figure:
         axes = figure.add_subplot()
         places = np.array([*range(9), 9.5])  # the average stands apart
@@ -94,9 +94,10 @@ def mmvp_figure(results: Sequence[MmvpResult], path: str | Path) -> None:
             handles.append(bars)
             axes.errorbar(x, heights, errors.clip(0), fmt="none", ecolor=INK, elinewidth=0.9, capsize=2.0)
             if result.paper:
+                published = [*result.paper.patterns, result.paper.average]
                 axes.scatter(
-                    x, [*result.paper.patterns, result.paper.average], marker="D", s=26, facecolor="white",
-                    edgecolor=INK, linewidth=1.1, zorder=4,
+                    x[-len(published) :], published, marker="D", s=26, facecolor="white", edgecolor=INK,
+                    linewidth=1.1, zorder=4,
                 )  # fmt: skip
             score, many = result.average, len(results) > 3
             note = axes.annotate(
@@ -105,10 +106,9 @@ def mmvp_figure(results: Sequence[MmvpResult], path: str | Path) -> None:
             )  # fmt: skip
             if many:  # the neighbours' whiskers pass behind it
                 note.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})
-        if any(r.paper for r in results):
-            handles.append(
-                axes.scatter([], [], marker="D", s=26, facecolor="white", edgecolor=INK, label="paper, Table 1")
-            )
+        if sources := list(dict.fromkeys(r.paper.source for r in results if r.paper)):
+            label = f"published ({'; '.join(sources)})"
+            handles.append(axes.scatter([], [], marker="D", s=26, facecolor="white", edgecolor=INK, label=label))
         guess = f"guessing ({GUESS:.0f} %)"
         handles.append(axes.axhline(GUESS, color=INK, linewidth=0.9, linestyle=(0, (5, 4)), zorder=0.5, label=guess))
         axes.axvline(8.75, color="#BBBBBB", linewidth=0.8)
@@ -131,12 +131,16 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
     return out
 
 
-def loss_figure(histories: Mapping[str, Sequence[tuple[int, float]]], path: str | Path) -> None:
+def loss_figure(
+    histories: Mapping[str, Sequence[tuple[int, float]]], path: str | Path, measure: str | None = None
+) -> None:
     """Loss over steps, one panel per stage: as logged (thin) and its running median (thick).
 
     Args:
         histories: title to (step, loss) pairs, in order of steps; none empty.
+        measure: what the loss measures, for the axis.
     """
+    label = "loss" if measure is None else f"loss ({measure})"
     with Drawing(path, 5.6 * max(len(histories), 1), 3.8) as figure:
         panels = figure.subplots(1, len(histories), squeeze=False)[0]
         for axes, (title, history) in zip(panels, histories.items(), strict=True):
@@ -145,10 +149,10 @@ def loss_figure(histories: Mapping[str, Sequence[tuple[int, float]]], path: str 
             marker = "o" if len(losses) < 12 else None
             axes.plot(steps, losses, color="#9CC3DE", linewidth=1.0, marker=marker, markersize=3, label="as logged")
             if len(losses) >= 5:
-                label = f"median of {window}"
-                axes.plot(steps, smoothed(losses, window), color=COLOURS[1], linewidth=2.0, label=label)
+                median = f"median of {window}"
+                axes.plot(steps, smoothed(losses, window), color=COLOURS[1], linewidth=2.0, label=median)
             low, high = _range(losses)
-            axes.set(title=title, xlabel="optimizer step", ylabel="loss (velocity MSE)", ylim=(low, high))
+            axes.set(title=title, xlabel="optimizer step", ylabel=label, ylim=(low, high))
             if cut := [x for x in losses if x > high]:
                 told = f"↑ {len(cut)} early entries above, up to {max(cut):.3g}"
                 axes.text(0.14, 0.97, told, transform=axes.transAxes, va="top", fontsize=9)

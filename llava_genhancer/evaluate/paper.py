@@ -9,6 +9,25 @@ from typing import Literal
 
 Method = Literal["original", "diva", "genhancer"]
 METHODS: tuple[Method, ...] = ("original", "diva", "genhancer")
+# Every method with a published row; the keys are those of llava_genhancer.method.METHOD_NAMES.
+NAMES = {
+    "original": "original",
+    "diva": "DIVA",
+    "genhancer": "GenHancer continuous",
+    "genhancer-discrete": "GenHancer discrete",
+    "genhancer-flux": "GenHancer with pretrained FLUX",
+    "dcr": "DCR",
+}
+# Each method's recipes by their suffix.
+SUFFIXES = {
+    "genhancer": "flow", "genhancer-discrete": "masked", "genhancer-flux": "flux", "diva": "diva", "dcr": "dcr",
+}  # fmt: skip
+# Methods of which Table 1 has no row: their line of ABLATIONS["modes"], and where it is from.
+AVERAGES = {
+    "genhancer-discrete": ("masked", "Table 6 of arXiv 2503.19480"),
+    "genhancer-flux": ("flux", "Table 7 of arXiv 2503.19480"),
+    "dcr": ("dcr", "arXiv 2603.04803"),
+}
 
 # MMVP's nine visual patterns in Table 1's order, which is also the order of MMVP-VLM's rows.
 PATTERNS = (
@@ -37,12 +56,17 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Table1Row:
-    """MMVP-VLM of one backbone under one method: the nine patterns in order, and the average."""
+    """MMVP-VLM of one backbone under one method: the nine patterns in order, and the average.
+
+    Attributes:
+        patterns: empty where only the average was published (``source`` is then another table or paper).
+    """
 
     backbone: Backbone
-    method: Method
+    method: str
     patterns: tuple[float, ...]
     average: float
+    source: str = "Table 1 of arXiv 2503.19480"
 
 
 BACKBONES = (
@@ -109,6 +133,34 @@ def table1(recipe: str, method: Method) -> Table1Row:
         if re.fullmatch(f"{row.backbone.recipe}(-flow)?", recipe) and row.method == method:
             return row
     raise KeyError(f"{recipe}, {method}: Table 1 has {', '.join(_TABLE1)} with {', '.join(METHODS)}")
+
+
+def made_by(method: str | None, recipe: str | None) -> str | None:
+    """Returns a measured tower's method: what was recorded, "original" without a recipe, else the recipe's suffix.
+
+    A result that records a recipe's name alone is an old one; newer ones record the method of the recipe's fields.
+    """
+    if method or recipe is None:
+        return method or "original"
+    known = {f"{b.recipe}-{suffix}": key for b in BACKBONES for key, suffix in SUFFIXES.items()}
+    return known.get(recipe) or known.get(f"{recipe}-flow")
+
+
+def published(recipe: str | None, method: str | None) -> Table1Row | None:
+    """The row of a backbone under a method, from whichever table or paper has it; None where nothing was published.
+
+    Args:
+        recipe: the backbone, as in ``Backbone.recipe``.
+        method: a key of ``NAMES``.
+    """
+    backbone = next((b for b in BACKBONES if b.recipe == recipe), None)
+    if backbone is None or method is None:
+        return None
+    if method in METHODS:
+        return next(row for row in TABLE1 if row.backbone == backbone and row.method == method)
+    cell, source = AVERAGES.get(method, ("", ""))
+    average = ABLATIONS["modes"].get(cell, {}).get(backbone.recipe)
+    return None if average is None else Table1Row(backbone, method, (), average, source)
 
 
 def find_backbone(names: Iterable[str]) -> Backbone | None:

@@ -86,7 +86,6 @@ def load_tower(name: str, device: str | torch.device | None = None) -> Tower:
     model = model.eval().requires_grad_(False).to(chosen)
 
     folder = _folder(path)
-    names = [name, path, getattr(config, "_name_or_path", "")]
     return Tower(
         name=name,
         model_type=config.model_type,
@@ -96,7 +95,7 @@ def load_tower(name: str, device: str | torch.device | None = None) -> Tower:
         max_length=max_length,
         device=chosen,
         weights=_weights(folder),
-        **marker_facts(folder, names, getattr(config.vision_config, "image_size", None)),
+        **marker_facts(folder, [name, path], getattr(config.vision_config, "image_size", None)),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from llava_genhancer import units
 from llava_genhancer.evaluate.markdown import code, table, text
 from llava_genhancer.evaluate.mmvp.results import Comparison, MmvpResult, Score
-from llava_genhancer.evaluate.paper import PATTERNS
+from llava_genhancer.evaluate.paper import NAMES, PATTERNS
 
 
 def percent(score: Score) -> str:
@@ -33,19 +33,19 @@ def verdict(c: Comparison) -> str:
 
 
 def paper_rows(results: Sequence[MmvpResult]) -> str:
-    """Which of Table 1's rows stands beside which tower."""
-    return ", ".join(
-        f"{r.label}: {r.paper.backbone.label}@{r.paper.backbone.image_size}, {r.paper.method}"
+    """Which published row stands beside which tower."""
+    return "; ".join(
+        f"{r.label}: {row.backbone.label}@{row.backbone.image_size}, {NAMES[row.method]}, {row.source}"
         for r in results
-        if r.paper
+        if (row := r.paper)
     )
 
 
 def mmvp_table(results: Sequence[MmvpResult]) -> str:
-    """The per-pattern table in Markdown, with the paper's column after each tower that has one."""
+    """The per-pattern table in Markdown, with the published column after each tower that has one."""
     header = ["pattern"]
     for r in results:
-        header += [text(r.label)] + (["paper"] if r.paper else [])
+        header += [text(r.label)] + ([f"published, {NAMES[r.paper.method]}"] if r.paper else [])
     rows = []
     for i, name in enumerate([*PATTERNS, "average"]):
         row = [f"**{name}**" if name == "average" else name]
@@ -53,7 +53,8 @@ def mmvp_table(results: Sequence[MmvpResult]) -> str:
             score = r.average if name == "average" else r.patterns[i]
             row.append(f"{score.percent:.1f} [{score.low:.1f}, {score.high:.1f}]")
             if r.paper:
-                row.append(f"{r.paper.average if name == 'average' else r.paper.patterns[i]:.1f}")
+                printed = [*(r.paper.patterns or ["-"] * len(PATTERNS)), r.paper.average][i]
+                row.append(printed if isinstance(printed, str) else f"{printed:.1f}")
         rows.append(row)
     return table(header, rows)
 

@@ -51,4 +51,8 @@ def with_locals(tower: Tower) -> LocalsTower:
     """
     if tower.model_type not in MODEL_CLASSES or tower.model_type == "siglip2":
         raise InputError(f"tower {tower.name}: scores with local tokens need a CLIPModel or SiglipModel")
-    return LocalsTower(**{f.name: getattr(tower, f.name) for f in dataclasses.fields(tower)})
+    facts = {f.name: getattr(tower, f.name) for f in dataclasses.fields(tower)}
+    backbone = tower.backbone
+    if tower.method != "diva" or backbone is None or not backbone.recipe.startswith("openai"):
+        facts["backbone"] = None  # published figures of all others are of the global token alone
+    return LocalsTower(**facts)

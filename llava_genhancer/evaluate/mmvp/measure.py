@@ -102,6 +102,7 @@ def evaluate_tower(
         recipe=tower.recipe,
         backbone=tower.backbone.recipe if tower.backbone else None,
         method=tower.method,
+        source=tower.source,
         weights=tower.weights,
         device=str(tower.device),
     )
@@ -112,7 +113,8 @@ def table(results: Sequence[MmvpResult]) -> str:
     rows = [["pattern", "n", *(r.label for r in results)]]
     for i, name in enumerate(PATTERNS):
         scores = [r.patterns[i] for r in results]
-        cells = [_cell(s, r.paper.patterns[i] if r.paper else None) for s, r in zip(scores, results, strict=True)]
+        printed = [r.paper.patterns[i] if r.paper and r.paper.patterns else None for r in results]
+        cells = [_cell(s, p) for s, p in zip(scores, printed, strict=True)]
         rows.append([name, str(scores[0].n), *cells])
     averages = [_cell(r.average, r.paper.average if r.paper else None) for r in results]
     rows.append(["average", str(len(results[0].pairs)), *averages])
@@ -131,7 +133,7 @@ def table(results: Sequence[MmvpResult]) -> str:
             f"{c.gained} pairs gained, {c.lost} lost, McNemar's exact p {p_value(c.p)}"
         )
     if any(r.paper for r in results):
-        lines.append(f"(in brackets: Table 1 of arXiv 2503.19480; {paper_rows(results)})")
+        lines.append(f"(in brackets, as published: {paper_rows(results)})")
     lines.append(f"Intervals are 95 %. Guessing gives {GUESS:.0f} %, one pair is {ONE_PAIR:.2f} points of the average.")
     return "\n".join(lines)
 

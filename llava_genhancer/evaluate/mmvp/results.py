@@ -65,7 +65,9 @@ class MmvpResult:
         label: short name for tables and figures.
         recipe: the recipe that made the tower; None for an original one.
         backbone: recipe name of its backbone in the paper's Table 1, if it is one of those.
-        method: whose released weights they are; None for all others.
+        method: the published method that made the tower (a key of ``paper.NAMES``), or words for what has no published
+            row; None for a tower without a recipe or a released name.
+        source: what the tower was made from, by its marker file; None for an original one.
     """
 
     tower: str
@@ -74,9 +76,10 @@ class MmvpResult:
     pairs: tuple[PairResult, ...]
     recipe: str | None = None
     backbone: str | None = None
-    method: paper.Method | None = None
+    method: str | None = None
     weights: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
+    source: str | None = None
 
     @property
     def patterns(self) -> list[Score]:
@@ -99,10 +102,8 @@ class MmvpResult:
 
     @property
     def paper(self) -> paper.Table1Row | None:
-        """Table 1's row beside this tower: its method's, "genhancer" for a tower that one of our recipes made, or
-        "original"."""
-        method = self.method or ("genhancer" if self.recipe else "original")
-        return paper.table1(self.backbone, method) if self.backbone else None
+        """The published row of this tower's backbone and method; None for a tower without such a row."""
+        return paper.published(self.backbone, paper.made_by(self.method, self.recipe))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON; per-pair answers are kept, so that every figure can be computed again."""
@@ -118,11 +119,14 @@ class MmvpResult:
             "recipe": self.recipe,
             "backbone": self.backbone,
             "method": self.method,
+            "source": self.source,
             "weights": self.weights,
             "device": self.device,
             "average": rounded(self.average),
             "patterns": {name: rounded(s) for name, s in zip(PATTERNS, self.patterns, strict=True)},
-            "paper": {"method": self.paper.method, "average": self.paper.average} if self.paper else None,
+            "paper": {"method": row.method, "average": row.average, "source": row.source}
+            if (row := self.paper)
+            else None,
             "pairs": [
                 {"ids": list(p.ids), "probability": list(p.probability), "correct": list(p.correct)} for p in self.pairs
             ],
@@ -141,7 +145,8 @@ class MmvpResult:
                 for (a, b), (p, q), (x, y) in ((d["ids"], d["probability"], d["correct"]) for d in values["pairs"])
             )
             names = ("tower", "label", "model_type", "recipe", "backbone", "weights", "device")
-            result = cls(pairs=pairs, method=values.get("method"), **{name: values[name] for name in names})
+            later: dict[str, Any] = {name: values.get(name) for name in ("method", "source")}
+            result = cls(pairs=pairs, **later, **{name: values[name] for name in names})
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"not an MMVP-VLM result ({type(error).__name__}: {error}): run mmvp-vlm again") from None
         if len(pairs) != PAIRS:

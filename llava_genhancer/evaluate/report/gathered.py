@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate.markdown import text
@@ -12,6 +12,32 @@ from llava_genhancer.evaluate.words import flat
 from llava_genhancer.run import MANIFEST, read_json
 
 STAGES = (1, 2)
+
+
+class Measured(Protocol):
+    """A measured tower, of MMVP-VLM or of zero-shot."""
+
+    @property
+    def tower(self) -> str: ...
+    @property
+    def recipe(self) -> str | None: ...
+    @property
+    def method(self) -> str | None: ...
+    @property
+    def source(self) -> str | None: ...
+
+
+def before_and_after(towers: Sequence[Measured]) -> bool:
+    """Returns whether these are two towers, an original one and what a recipe made of that one."""
+    if len(towers) != 2:
+        return False
+    first, other = towers
+    made = other.recipe is not None and first.recipe is None and first.method is None
+    return made and (other.source is None or _same_place(other.source, first.tower))
+
+
+def _same_place(one: str, other: str) -> bool:
+    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 class Report:

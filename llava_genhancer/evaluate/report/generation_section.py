@@ -55,7 +55,10 @@ def _words(measured: dict[str, Any]) -> str:
     if measured["mmvp_vlm"]:
         ends = [measured["mmvp_vlm"][0], measured["mmvp_vlm"][-1]]
         said = " and ".join(f"{p['percent']:.1f} % at step {p['step']:,}" for p in ends)
-        parts.append(f"MMVP-VLM meanwhile: {said}. A better picture is not yet a better eye (the paper's Fig. 1).")
+        parts.append(
+            f"MMVP-VLM meanwhile: {said}. Better rebuilt images do not imply a higher MMVP-VLM (Fig. 1 of "
+            "GenHancer, arXiv 2503.19480)."
+        )
     return "\n\n".join([*parts, DEFINITIONS])
 
 

@@ -16,14 +16,17 @@ from llava_genhancer.evaluate.mllm.evaluation import Evaluation, evaluation
 from llava_genhancer.evaluate.mllm.protocol import warnings
 from llava_genhancer.evaluate.mllm.results import Change, Measured
 from llava_genhancer.evaluate.mllm.table2 import COLUMNS, LLMS, published
-from llava_genhancer.evaluate.paper import METHODS
+from llava_genhancer.evaluate.paper import METHODS, Method, find_backbone
 from llava_genhancer.evaluate.report.gallery import gallery
 from llava_genhancer.evaluate.report.gathered import Report
+from llava_genhancer.evaluate.tower import is_hub_id
 from llava_genhancer.evaluate.words import p_value
+from llava_genhancer.method import method_name
 from llava_genhancer.run import write_text
 
 FIGURES = ("table2.png", "table2_changes.png")
 CSV = "tables/table2.csv"
+BACKBONE = "openai-l14-336"  # the vision tower of Table 2, LLaVA-1.5's own
 METHOD_NAMES = {"original": "original", "diva": "DIVA", "genhancer": "GenHancer"}
 CSV_HEADER = (
     "source", "model", "column", "percent", "low", "high", "n", "unit", "answers", "unparsed", "against", "change",
@@ -38,7 +41,8 @@ def section(report: Report, baseline: Path | None) -> str:
     if found is None:
         return ""
     report.gallery = gallery(found)
-    _draw(found, run_dir / "figures")
+    method = _published_method(report)
+    _draw(found, method, run_dir / "figures")
     write_text(run_dir / CSV, _csv(found, run_dir))
     report.headlines += _headlines(found)
     report.facts["table2"] = _facts(found, run_dir)
@@ -54,7 +58,7 @@ def section(report: Report, baseline: Path | None) -> str:
         parts += [
             f"### Against {text(found.baseline.label)}",
             report.figure(FIGURES[1], "Changes with 95 % intervals"),
-            _changes(found),
+            _changes(found, method),
             "In points, on the same questions, with the paired bootstrap's 95 % interval. p is McNemar's exact test "
             "where a unit is right or wrong, else the permutation test that exchanges both models' answers unit by "
             "unit. No p is corrected for there being several: of 20 true zeros one is below 0.05.",
@@ -63,6 +67,15 @@ def section(report: Report, baseline: Path | None) -> str:
     if said:
         parts += ["### Where this differs from the paper's protocol", "\n".join(said)]
     return "\n\n".join([*parts, _sources(found, run_dir)])
+
+
+def _published_method(report: Report) -> Method | None:
+    """The method of Table 2 that made the run's tower from Table 2's backbone; None where no such row exists."""
+    backbone, key = str(report.values.get("backbone")), method_name(report.values).key
+    known = find_backbone([backbone]) if is_hub_id(backbone) else None
+    if known is None or known.recipe != BACKBONE:
+        return None
+    return next((method for method in METHODS if method == key), None)
 
 
 def _headlines(found: Evaluation) -> list[str]:
@@ -152,10 +165,11 @@ def _cell(m: Measured | None, run_dir: Path) -> str:
     return _link(f"{m.percent:.1f}", m.task.samples, run_dir) + low_high
 
 
-def _changes(found: Evaluation) -> str:
+def _changes(found: Evaluation, method: Method | None) -> str:
+    """The changes, with those published for the run's own method beside them."""
     assert found.baseline is not None
-    header = ["column", "n"]
-    header += [text(label) for label in found.changes] + [f"paper, {llm}" for llm in LLMS]
+    header = ["column", "n", *map(text, found.changes)]
+    header += [f"published, {METHOD_NAMES[method]}, {llm}" for llm in LLMS if method]
     rows = []
     for column in COLUMNS:
         first = found.baseline.columns.get(column.name)
@@ -163,7 +177,9 @@ def _changes(found: Evaluation) -> str:
         for changes in found.changes.values():
             c = changes.get(column.name)
             cells.append("" if c is None else f"{said(c)} (p {p_value(c.p).removeprefix('= ')})")
-        gains = [published(llm, "genhancer")[column.name] - published(llm, "original")[column.name] for llm in LLMS]
+        gains = [
+            published(llm, method)[column.name] - published(llm, "original")[column.name] for llm in LLMS if method
+        ]
         many = f"{first.n} {column.unit}s".replace("set of figuress", "sets of figures") if first else ""
         rows.append([column.title, many, *cells, *(f"{gain:+.1f}" for gain in gains)])
     return table(header, rows)
@@ -230,14 +246,14 @@ def _csv(found: Evaluation, run_dir: Path) -> str:
     return out.getvalue()
 
 
-def _draw(found: Evaluation, folder: Path) -> None:
+def _draw(found: Evaluation, method: Method | None, folder: Path) -> None:
     titles = {c.name: c.title for c in COLUMNS}
     points: dict[str, dict[str, dict[str, Any]]] = {}
     for llm in LLMS[:1]:
-        for method in ("original", "genhancer"):
-            values = published(llm, method)  # type: ignore[arg-type]
-            points[f"{llm}, {METHOD_NAMES[method]} (paper)"] = {
-                titles[name]: {"accuracy": v / 100, "interval": (v / 100, v / 100)} for name, v in values.items()
+        for name in (m for m in METHODS if m in ("original", method)):
+            values = published(llm, name)
+            points[f"{llm}, {METHOD_NAMES[name]} (published)"] = {
+                titles[column]: {"accuracy": v / 100, "interval": (v / 100, v / 100)} for column, v in values.items()
             }
     for model in found.models:
         points[model.label] = {

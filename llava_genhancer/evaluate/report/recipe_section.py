@@ -9,12 +9,13 @@ from llava_genhancer.evaluate.markdown import block, code, text
 from llava_genhancer.evaluate.report import llava_section
 from llava_genhancer.evaluate.report.gathered import Report
 from llava_genhancer.evaluate.words import fields
+from llava_genhancer.method import read_fields
 from llava_genhancer.run import read_json
 
 # Recipe fields worth a reader's first look; the others follow folded away.
 FIRST_FIELDS = (
-    "backbone", "vae", "data", "condition", "t_sampling", "t_scale", "global_batch_size", "precision", "lora_rank",
-    "lora_scale", "seed",
+    "backbone", "denoiser", "objective", "vae", "vq", "data", "condition", "t_sampling", "t_scale", "mask_ratio",
+    "global_batch_size", "precision", "lora_rank", "lora_scale", "seed",
 )  # fmt: skip
 
 
@@ -24,8 +25,9 @@ def recipe(report: Report) -> str:
     report.facts |= {"recipe": report.values or None, "versions": versions, "git": report.manifest.get("git")}
     if not report.values:
         return ""
-    first = [f for f in FIRST_FIELDS if f in report.values]
-    rest = [f for f in report.values if f not in first and f != "name"]
+    read = read_fields(report.values)
+    first = [f for f in FIRST_FIELDS if f in read]
+    rest = [f for f in read if f not in first and f != "name"]
     parts = ["## Recipe", fields(report.values, first)]
     if rest:
         parts += [
@@ -33,6 +35,8 @@ def recipe(report: Report) -> str:
             fields(report.values, rest),
             "</details>",
         ]
+    if unread := [f for f in report.values if f not in read]:
+        parts.append(f"Not read by denoiser={text(report.values['denoiser'])}: {', '.join(map(code, unread))}.")
     if isinstance(versions, dict):
         listed = ", ".join(f"{text(k)} {text(v)}" for k, v in versions.items())
         git = report.manifest.get("git")

@@ -8,7 +8,7 @@ from typing import Any
 
 from llava_genhancer.evaluate import curve
 from llava_genhancer.evaluate.markdown import text
-from llava_genhancer.evaluate.report.gathered import Report
+from llava_genhancer.evaluate.report.gathered import Report, before_and_after
 from llava_genhancer.evaluate.words import p_value
 from llava_genhancer.evaluate.zero_shot import table3
 from llava_genhancer.evaluate.zero_shot.results import TowerAnswers, change, load_results
@@ -41,7 +41,7 @@ def section(report: Report) -> str:
     facts: dict[str, Any] = {}
     if (run_dir / RESULT).is_file():
         towers = load_results(run_dir / RESULT)
-        if len(towers) == 2 and towers[1].recipe and not towers[0].recipe:  # whatever their folders are called
+        if before_and_after(towers):  # whatever their folders are called
             names = ("original", "enhanced")
             towers = [dataclasses.replace(t, label=name) for t, name in zip(towers, names, strict=True)]
         parts += [table3.markdown(towers), NOTE]

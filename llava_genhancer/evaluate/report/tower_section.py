@@ -9,7 +9,7 @@ from llava_genhancer.evaluate import figures
 from llava_genhancer.evaluate.markdown import code, table, text
 from llava_genhancer.evaluate.mmvp import table1
 from llava_genhancer.evaluate.mmvp.results import GUESS, ONE_PAIR, MmvpResult, compare, load_results
-from llava_genhancer.evaluate.report.gathered import Report
+from llava_genhancer.evaluate.report.gathered import Report, before_and_after
 from llava_genhancer.evaluate.words import mmvp_table, number, paper_rows, percent, verdict
 from llava_genhancer.run import read_json, write_text
 
@@ -49,7 +49,7 @@ def mmvp(report: Report) -> str:
             notes.append(f"The interval of {text(r.label)} holds {GUESS:.0f} %: not told apart from guessing.")
     if any(r.paper for r in results):
         rows = text(paper_rows(results))
-        notes.append(f"The paper's figures are Table 1 of arXiv 2503.19480 ({rows}).")
+        notes.append(f"Published figures beside them: {rows}.")
     compared = [*results, *(r for run in report.others for r in _measured_elsewhere(run))]
     write_text(report.run_dir / table1.CSV, table1.as_csv(compared))
     return "\n\n".join(["## MMVP-VLM", picture, mmvp_table(results), *notes, table1.markdown(compared)])
@@ -91,7 +91,7 @@ def probes(report: Report) -> str:
 
 
 def _before_and_after(results: list[MmvpResult]) -> list[MmvpResult]:
-    """An original tower and the one our recipe made of it are called so, whatever their folders are called."""
-    if len(results) == 2 and results[1].recipe and not results[0].recipe:
+    """Labels an original tower and the tower that a recipe made of it as such, whatever their folders are called."""
+    if before_and_after(results):
         return [dataclasses.replace(r, label=name) for r, name in zip(results, ("original", "enhanced"), strict=True)]
     return results

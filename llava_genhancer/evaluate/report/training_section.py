@@ -12,6 +12,7 @@ from llava_genhancer.evaluate import figures
 from llava_genhancer.evaluate.markdown import code, table, text
 from llava_genhancer.evaluate.report.gathered import STAGES, Report
 from llava_genhancer.evaluate.words import duration, number
+from llava_genhancer.method import method_name, read_fields
 from llava_genhancer.run import read_json
 
 FIGURES = ("loss.png", "t_density.png", "reconstructions.png")
@@ -35,21 +36,23 @@ def training(report: Report) -> str:
         cells = [number(result.get(k)) for k in ("steps", "images_seen", "final_loss", "trainable_parameters")]
         rate = report.values.get(f"stage{stage}.learning_rate")
         rows.append([str(stage), text(learns), number(rate), *cells, duration(result.get("seconds"))])
-    parts = []
+    method = method_name(report.values)
+    report.facts["method"] = {"key": method.key, "title": method.title}
+    parts = [f"Method: {text(method.title)}. The loss is {text(method.loss)}."] if report.values else []
     if rows:
         header = ["stage", "learns", "learning rate", "steps", "images", "last loss", "trained parameters", "time"]
         parts.append(table(header, rows))
     if histories:
-        figures.loss_figure(histories, report.path("loss.png"))
+        figures.loss_figure(histories, report.path("loss.png"), method.loss)
         parts.append(report.figure("loss.png", "Loss of each stage over its steps, as logged and smoothed"))
-    sampling = report.values.get("t_sampling")
+    sampling = read_fields(report.values).get("t_sampling")
     if sampling in ("logit_normal", "uniform"):
         scale, shift = float(report.values.get("t_scale", 1)), float(report.values.get("t_shift", 0))
         figures.t_density_figure(
             sampling, scale, shift, int(report.values.get("seed", 0)), report.path("t_density.png")
         )
         parts.append(report.figure("t_density.png", "Density of the training times t, and draws from it"))
-    return "\n\n".join(["## Training", *parts]) if parts else ""
+    return "\n\n".join(["## Training", *parts]) if rows or histories or sampling else ""
 
 
 def reconstructions(report: Report) -> str:
@@ -72,8 +75,9 @@ def reconstructions(report: Report) -> str:
     figures.reconstructions_figure(rows[:GRID_ROWS], report.path("reconstructions.png"))
     picture = report.figure("reconstructions.png", "Original images, and what is rebuilt from the condition")
     return (
-        "## Reconstructions\n\nEach row is rebuilt from the backbone's condition alone by the rectified-flow ODE, "
-        f"from the same noise every time: what the token says of an image, not how well one can draw.\n\n{picture}"
+        f"## Reconstructions\n\nEach row is rebuilt from the backbone's condition alone by "
+        f"{method_name(report.values).sampler}, with the same random draws every time. The rows show what the "
+        f"condition contains of an image, and depend on the denoiser too.\n\n{picture}"
     )
 
 

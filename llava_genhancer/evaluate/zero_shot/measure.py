@@ -113,7 +113,8 @@ def evaluate_tower(
             store.put(tower.weights, found)
         answers += found
     backbone = tower.backbone.recipe if tower.backbone else None
-    return TowerAnswers(tower.name, label or tower.name, tuple(answers), tower.recipe, backbone, tower.weights)
+    made = tower.recipe, backbone, tower.weights, tower.method, tower.source
+    return TowerAnswers(tower.name, label or tower.name, tuple(answers), *made)
 
 
 def facts(data: ZeroShotSet) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class TowerAnswers:
 
     Attributes:
         tower: folder or hub id, as given; ``label`` is its short name.
-        recipe, backbone, weights: as of :class:`~llava_genhancer.evaluate.tower.Tower`.
+        recipe, backbone, weights, method, source: as of :class:`~llava_genhancer.evaluate.tower.Tower`.
     """
 
     tower: str
@@ -109,6 +109,8 @@ class TowerAnswers:
     recipe: str | None = None
     backbone: str | None = None
     weights: dict[str, str] | None = None
+    method: str | None = None
+    source: str | None = None
 
     @property
     def mean(self) -> float:
@@ -116,7 +118,8 @@ class TowerAnswers:
         return sum(a.score.percent for a in self.answers) / len(self.answers)
 
     def to_dict(self) -> dict[str, Any]:
-        facts = {name: getattr(self, name) for name in ("tower", "label", "recipe", "backbone", "weights")}
+        names = ("tower", "label", "recipe", "backbone", "weights", "method", "source")
+        facts = {name: getattr(self, name) for name in names}
         return {**facts, "mean": round(self.mean, 2), "scores": [a.to_dict() for a in self.answers]}
 
     @classmethod
@@ -128,6 +131,7 @@ class TowerAnswers:
         """
         try:
             facts = {name: values[name] for name in ("tower", "label", "recipe", "backbone", "weights")}
+            facts |= {name: values.get(name) for name in ("method", "source")}
             return cls(answers=tuple(map(Answers.from_dict, values["scores"])), **facts)
         except (KeyError, TypeError) as error:
             raise InputError(f"not a zero-shot result ({type(error).__name__}: {error}): run zero-shot again") from None

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llava_genhancer.evaluate.markdown import table, text
+from llava_genhancer.evaluate.paper import NAMES, made_by
 from llava_genhancer.evaluate.words import p_value
 from llava_genhancer.evaluate.zero_shot.results import (
     IMAGE_RECALL,
@@ -43,11 +44,12 @@ DISPUTED = (
 
 
 def published(tower: TowerAnswers, answers: Answers) -> float | None:
-    """Table 3's figure for a tower of its backbone, or None."""
+    """Table 3's figure for a tower of its backbone and of one of its two methods, or None."""
     column = (answers.data, answers.metric)
-    if tower.backbone != BACKBONE or column not in COLUMNS:
+    method = made_by(tower.method, tower.recipe)
+    if tower.backbone != BACKBONE or column not in COLUMNS or method not in TABLE3:
         return None
-    return TABLE3["genhancer" if tower.recipe else "original"][COLUMNS.index(column)]
+    return TABLE3[method][COLUMNS.index(column)]
 
 
 def cells(tower: TowerAnswers, answers: Answers) -> str:
@@ -105,7 +107,7 @@ def beside_table3(towers: Sequence[TowerAnswers]) -> str:
     if not any(column in known for known in measured for column in COLUMNS):
         return ""
     header = ["tower", *(f"{name} {metric}" for name, metric in COLUMNS)]
-    rows = [[f"{name}, as published", *(f"{v:.1f}" for v in values)] for name, values in TABLE3.items()]
+    rows = [[f"{NAMES[name]}, as published", *(f"{v:.1f}" for v in values)] for name, values in TABLE3.items()]
     for t, known in zip(towers, measured, strict=True):
         rows.append([f"**{text(t.label)}**", *(f"{known[c]:.1f}" if c in known else "-" for c in COLUMNS)])
     return "\n\n".join(["### Beside Table 3", table(header, rows), DISPUTED])
