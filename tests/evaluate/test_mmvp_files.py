@@ -1,5 +1,6 @@
 """Everything that can be wrong with a set or a tower: one clear line that names it."""
 
+import csv
 import json
 import re
 import shutil
@@ -122,6 +123,59 @@ def test_no_folder_no_csv_no_images(tmp_path, broken, with_own_questions):
 )
 def test_a_malformed_row_is_named(broken, row, text, match):
     rows = lines(broken)
+    rows[row] = text
+    rewrite(broken, rows)
+    fails(broken, match)
+
+
+STATEMENTS = [
+    '"GO" sign on the wall',
+    '"quoted" and "again"',
+    '"two ""doubled"" quotes"',
+    'a ""doubled"" pair outside of quotes',
+    'ends with a "word"',
+    '"commas, inside, of quotes"',
+    '"a comma, then" words behind',
+    '"two\nlines"',
+    '"two\r\nlines and a ""quote"""',
+    "  blanks around  ",
+    "a\ttab and 'single' quotes",
+    "“typographic” quotes",
+    '""',
+    '""""',
+]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_hostile_statements_are_read_as_the_csv_module_reads_them(broken, end, mark):
+    rows = lines(broken)
+    for number, statement in enumerate(STATEMENTS, 1):
+        rows[number] = f"{number},Orientation,{statement}" if statement != '""' else rows[number]
+    path = broken / "Questions.csv"
+    path.write_bytes((mark + end.join(rows) + end).encode())
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        expected = [row[2] for row in csv.reader(file)][1:]
+    assert expected[0] == "GO sign on the wall"
+    pairs = load_benchmark(broken).pairs
+    assert [statement for pair in pairs for statement in pair.statements] == expected
+    path.write_bytes((mark + end.join(rows)).encode())  # without an end of line at the end
+    assert [statement for pair in load_benchmark(broken).pairs for statement in pair.statements] == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "text", "match"),
+    [
+        (270, '270,Camera_Perspective,"never closed', "line 271: not CSV .*never closed"),
+        (4, '4,Orientation,"closed by row 9', "line 5: the file has 265 rows .* this row goes on to line 10"),
+        (4, '4,Orientation,"closed, then" a comma, and more', "line 5: 4 columns instead of 3"),
+        (4, '4,Orientation,""', "line 5: the statement is empty"),
+    ],
+)
+def test_a_quote_out_of_place_is_named_by_its_line(broken, row, text, match):
+    rows = lines(broken)
+    rows[5:9] = [f"{n},Orientation,plain" for n in range(5, 9)]
+    rows[9] = '9,Orientation,says "hi'
     rows[row] = text
     rewrite(broken, rows)
     fails(broken, match)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import logging
 import re
 import warnings
@@ -32,6 +33,7 @@ PAIRS = PAIRS_PER_PATTERN * len(PATTERNS)
 MAX_CSV_BYTES = 10_000_000
 CSV_NAME = "Questions.csv"
 IMAGES_NAME = "MLLM_VLM Images"
+END = "\x1f"  # stands in no text
 COLUMNS = ("questionid", "type", "statement")
 SUFFIXES = (".jpg", ".png", ".jpeg")  # the official set has .jpg
 
@@ -136,26 +138,41 @@ def _locate(path: Path) -> Path:
 
 
 def _rows(path: Path) -> list[tuple[int, int, str, str]]:
-    """(line, id, type, statement) per data row; blank lines are passed over."""
-    rows = []
+    """(line, id, type, statement) per data row, as Python's csv module reads them; blank lines are passed over.
+
+    The official script reads the file with the csv module's default settings, under which a statement may begin with a
+    quoted word (``"GO" sign on the wall`` is read as ``GO sign on the wall``).
+    """
+    rows: list[tuple[int, int, str, str]] = []
+    line = 1  # where the row begins that is being read
+    longest = (0, 0)  # first and last line of the row over most lines
     try:
         if path.stat().st_size > MAX_CSV_BYTES:
             raise InputError(f"{path} is larger than {MAX_CSV_BYTES // 10**6} MB: the official one has 0.02")
         with open(path, encoding="utf-8-sig", newline="") as f:
-            reader = csv.reader(f, strict=True)
+            # A quote that is left open takes everything up to the file's end into its field, END too.
+            reader = csv.reader(itertools.chain(f, [END]))
             header = next(reader, [])
             if tuple(re.sub(r"[^a-z]", "", cell.lower()) for cell in header) != COLUMNS:
                 raise InputError(
                     f"{path}, line 1: the header is '{','.join(header)}' and should be 'Question ID,Type,Statement'"
                 )
+            last = reader.line_num
             for row in reader:
-                line = reader.line_num
+                line, last = last + 1, reader.line_num
+                longest = max(longest, (line, last), key=lambda span: span[1] - span[0])
+                if row == [END]:
+                    break
+                if row and row[-1].endswith(END):
+                    raise csv.Error("a double quote in this row is never closed")
                 if not any(cell.strip() for cell in row):
                     continue
+                if len(row) != len(COLUMNS) and last > line:
+                    raise csv.Error(f"{len(row)} columns instead of 3 in a row that goes on to line {last}")
                 if len(row) != len(COLUMNS):
                     raise InputError(
                         f"{path}, line {line}: {len(row)} columns instead of 3 (id, type, statement); a statement with "
-                        "a comma needs double quotes"
+                        f"a comma needs double quotes"
                     )
                 try:
                     number = int(row[0])
@@ -172,9 +189,14 @@ def _rows(path: Path) -> list[tuple[int, int, str, str]]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8 CSV") from None
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: not CSV ({error}); is a double quote left open?") from None
+        raise InputError(f"{path}, line {line}: not CSV ({error}); is a double quote left open?") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    if len(rows) != 2 * PAIRS and longest[1] > longest[0]:
+        raise InputError(
+            f"{path}, line {longest[0]}: the file has {len(rows)} rows instead of {2 * PAIRS}, and this row goes on to "
+            f"line {longest[1]}: is a double quote left open?"
+        )
     return rows
 
 
