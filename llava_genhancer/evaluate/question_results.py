@@ -29,13 +29,17 @@ SCORING = (
 
 @dataclass(frozen=True)
 class Answer:
-    """``chosen`` and ``truth`` are places among the question's ``options``, of which there are that many."""
+    """``chosen`` and ``truth`` are places among the question's ``options``, of which there are that many.
+
+    A question that could not be answered has the place -1 and counts as wrong.
+    """
 
     id: str
     detail: str
     options: int
     truth: int
     chosen: int
+    reason: str | None = None  # why it could not be answered
 
     @property
     def right(self) -> bool:
@@ -93,7 +97,13 @@ class QuestionResult:
             "average": _rounded(self.average),
             "details": {detail: _rounded(score) for detail, score in self.details.items()},
             "answers": [[a.id, a.detail, a.options, a.truth, a.chosen] for a in self.answers],
+            "unanswered": self.unanswered,
         }
+
+    @property
+    def unanswered(self) -> dict[str, str]:
+        """Ids of the questions that could not be answered, each with the reason."""
+        return {a.id: a.reason for a in self.answers if a.reason is not None}
 
 
 def _rounded(score: Score) -> dict[str, Any]:
@@ -163,7 +173,8 @@ def load_results(path: str | Path) -> list[QuestionResult]:
                 checkpoint=str(model["checkpoint"]),
                 weights=dict(model["weights"]),
                 answers=tuple(
-                    Answer(str(i), str(detail), int(n), int(t), int(c)) for i, detail, n, t, c in model["answers"]
+                    Answer(str(i), str(detail), int(n), int(t), int(c), model.get("unanswered", {}).get(str(i)))
+                    for i, detail, n, t, c in model["answers"]
                 ),
             )
             for model in values["models"]

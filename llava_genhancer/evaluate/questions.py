@@ -5,6 +5,7 @@ Nothing is sampled or parsed, and nothing is normalised by length.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,13 @@ from PIL import Image
 
 from llava_genhancer.data.decode import BadImage, decode
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate.mllm.respondent import Ask, Respondent
+from llava_genhancer.evaluate.mllm.respondent import Ask, Respondent, Score, Unanswerable, one_by_one
 from llava_genhancer.evaluate.mmvp.measure import short_labels
 from llava_genhancer.evaluate.question_results import BLIND, Answer, QuestionResult, save_results
 from llava_genhancer.evaluate.words import p_value, percent
 from llava_genhancer.run import read_json, sha256
 
+log = logging.getLogger(__name__)
 FILE = "questions.json"
 
 
@@ -74,25 +76,40 @@ def answer_questions(
     blank: bool = False,
     batch_size: int = 64,
 ) -> list[Answer]:
-    """The model's answers, in the questions' order.
+    """The model's answers, in the questions' order; a question that cannot be answered has the reason instead.
 
     Args:
         model, processor: from :func:`llava_genhancer.llava.chat.load_llava`.
         template: name of the conversation template that the model was trained with.
         blank: show an image of the mean colour instead of the question's.
         batch_size: options at a time, in whole questions; it changes speed and memory only.
+
+    Raises:
+        InputError: no question could be answered.
     """
     from tqdm import tqdm
 
     respondent = Respondent(model, processor.image_processor, processor.tokenizer, template)
     answers: list[Answer] = []
+
+    def scored(part: Sequence[Question]) -> list[list[Score]]:
+        asked = [Ask.about(q.question, [_blank(processor) if blank else _open(q.image)]) for q in part]
+        return respondent.score(asked, [q.options for q in part])
+
     with tqdm(total=len(questions), desc="questions", unit="q", disable=None, leave=False) as bar:
         for batch in _batches(questions, batch_size):
-            asked = [Ask.about(q.question, [_blank(processor) if blank else _open(q.image)]) for q in batch]
-            for q, scores in zip(batch, respondent.score(asked, [q.options for q in batch]), strict=True):
+            before = respondent.at_once
+            for q, scores in zip(batch, one_by_one(scored, batch), strict=True):
+                if isinstance(scores, Unanswerable):
+                    respondent.at_once = before
+                    log.warning("question %s has no answer and counts as wrong: %s", q.id, scores)
+                    answers.append(Answer(q.id, q.detail, len(q.options), q.answer, -1, str(scores)))
+                    continue
                 totals = [score.total for score in scores]
                 answers.append(Answer(q.id, q.detail, len(q.options), q.answer, totals.index(max(totals))))
             bar.update(len(batch))
+    if all(a.reason is not None for a in answers):
+        raise InputError(f"none of {len(answers)} questions was answered: {answers[0].reason}")
     return answers
 
 
@@ -112,7 +129,7 @@ def _open(path: Path) -> Image.Image:
     try:
         return decode(path)
     except BadImage as error:
-        raise InputError(f"{path} cannot be used: {error}") from None
+        raise Unanswerable(f"{path} cannot be used: {error}") from None
 
 
 def _blank(processor: Any) -> Image.Image:
@@ -160,7 +177,8 @@ def run(
     results.sort(key=lambda result: result.label == BLIND)  # last
     measured = save_results(output, results, {"path": str(data), "sha256": sha256(Path(data) / FILE)})
     for result in results:
-        print(f"{result.label:12} {percent(result.average)} of {len(questions)} questions")
+        lost = f", {len(result.unanswered)} of them not answered" if result.unanswered else ""
+        print(f"{result.label:12} {percent(result.average)} of {len(questions)} questions{lost}")
     for other in measured["comparisons"]:
         c = other["all"]
         print(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import types
@@ -23,6 +25,7 @@ from llava_genhancer.evaluate.mllm.model import LlavaGenhancer, decoding, traine
 from llava_genhancer.evaluate.mllm.options import options_of
 from llava_genhancer.evaluate.mllm.respondent import Ask
 from llava_genhancer.evaluate.mllm.start import RUN_VARIABLE, refusing
+from llava_genhancer.evaluate.report.write import write_report
 from llava_genhancer.llava.chat import answer, load_llava
 from llava_genhancer.llava.conversation import TEMPLATES, chat_template
 from llava_genhancer.run import read_json
@@ -238,6 +241,88 @@ def test_a_judge_gets_the_memory(llava_folders: Path) -> None:
 )
 def test_decoding(settings: dict[str, Any], expected: dict[str, Any]) -> None:
     assert decoding(settings) == expected
+
+
+# --- one document that cannot be answered -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoilt(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of ScienceQA whose document 2 is far too long, and whose document 5 has bytes for an image."""
+    import datasets
+
+    rows = datasets.load_dataset(str(data / "lmms-lab-encoder/ScienceQA"), "ScienceQA-IMG", split="test")
+    values = rows.cast_column("image", datasets.Image(decode=False)).to_dict()
+    values["hint"][2] = "A longer story, told in words. " * 400
+    values["image"][5] = {"bytes": b"no image", "path": None}
+    folder = tmp_path / "spoilt" / "lmms-lab-encoder" / "ScienceQA"
+    folder.mkdir(parents=True)
+    for kept in (data / "lmms-lab-encoder/ScienceQA").rglob("*"):
+        if kept.is_file():
+            target = folder / kept.relative_to(data / "lmms-lab-encoder/ScienceQA")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if kept.suffix == ".parquet" and "IMG" in str(kept):
+                features = rows.features
+                datasets.Dataset.from_dict(values, features=features).to_parquet(target)
+            else:
+                shutil.copy(kept, target)
+    monkeypatch.setenv("LLAVA_GENHANCER_DATA", str(tmp_path / "spoilt"))
+    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "datasets"))
+    return tmp_path / "spoilt"
+
+
+@pytest.mark.parametrize("answer", ["likelihood", "generate"])
+def test_one_bad_document_ends_nothing(
+    lmms: Lmms, llava_folders: Path, spoilt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], answer: str
+) -> None:
+    """It counts as wrong, is named with its reason in results, report and table, and the others' answers stay."""
+    run = tmp_path / "run"
+    found = lmms("scienceqa_img", "", *model_words(llava_folders, f"answer={answer}"), output=run / "eval/lmms/mine")
+    told = capsys.readouterr().err
+    assert "task scienceqa_img, document 2 has no answer: a question with its images is" in told
+    assert "task scienceqa_img, document 5 has no answer: its image cannot be read" in told
+    said = replies(found, "scienceqa_img")
+    assert [i for i, reply in enumerate(said) if reply.startswith("[not answered] ")] == [2, 5]
+    assert found["results"]["scienceqa_img"]["scienceqa_unanswered,none"] == 2
+    assert found["results"]["scienceqa_img"]["scienceqa_n,none"] == len(hub.SCIENCEQA)
+    right = sum(r == "AB"[d["answer"]] for r, d in zip(said, hub.SCIENCEQA, strict=True))
+    if answer == "likelihood":
+        assert found["results"]["scienceqa_img"]["scienceqa_accuracy,none"] == right / len(hub.SCIENCEQA)
+    words = write_report(run).read_text()
+    assert "(2 of 8 not answered)" in words
+    assert re.search(
+        r"2 of 8 documents of scienceqa\\_img \(25.0 %\) could not be answered .* 2 \(a question .*; 5 \(its", words
+    )
+    (model,) = json.loads((run / "report.json").read_text())["table2"]["models"]
+    assert [(u["task"], u["document"]) for u in model["unanswered"]] == [("scienceqa_img", 2), ("scienceqa_img", 5)]
+    assert model["columns"]["scienceqa_img"]["unanswered"] == 2
+
+
+def test_one_documents_memory_ends_nothing_and_slows_nothing(
+    model: LlavaGenhancer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The allocator refuses one document: the others are answered, in batches as large as before."""
+    docs = docs_of(model)
+    asked = [
+        request("generate_until", d["text"], dict(GREEDY), images_of, i, "mine", "test") for i, d in enumerate(docs)
+    ]
+    expected = model.generate_until(asked)
+    sizes = []
+    embed = model.respondent._embedded
+
+    def scarce(ids: torch.Tensor, asks: Any) -> torch.Tensor:
+        if any("What is 2?" in ask.text for ask in asks):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(asks))
+        return embed(ids, asks)
+
+    monkeypatch.setattr(model.respondent, "_embedded", scarce)
+    said = model.generate_until(asked)
+    assert said == [reply if i != 2 else "" for i, reply in enumerate(expected)]  # another's task reads any words
+    assert max(sizes[-2:]) > 1 or sizes.count(1) < len(docs) - 1
+    told = capsys.readouterr().err
+    assert "task mine, document 2 has no answer: out of memory with one question at a time" in told
+    assert "task mine: 1 of 7 documents have no answer and count as wrong" in told
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ in the paper; any other task is answered in the model's own words.
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,9 +19,10 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 
 from llava_genhancer.data.decode import BadImage, decode
-from llava_genhancer.errors import InputError
+from llava_genhancer.errors import InputError, reason
+from llava_genhancer.evaluate.mllm.benchmarks.items import UNANSWERED
 from llava_genhancer.evaluate.mllm.options import has_options, options_of
-from llava_genhancer.evaluate.mllm.respondent import Ask, Respondent, Score
+from llava_genhancer.evaluate.mllm.respondent import Ask, Respondent, Score, Unanswerable, one_by_one
 from llava_genhancer.evaluate.mllm.start import checkpoint_folder, refusing
 from llava_genhancer.llava.chat import load_llava
 from llava_genhancer.llava.conversation import TEMPLATES, chat_template, check_template
@@ -28,6 +30,7 @@ from llava_genhancer.llava.tokenizer import load_tokenizer
 
 ANSWERS = ("likelihood", "generate")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+NAMED = 10  # unanswered documents of a task that are named on stderr; the samples have all of them
 MAX_NEW_TOKENS = 256  # for a task that does not say
 # What of a task's settings concerns `generate`; sampling's only where it samples.
 DECODING = ("max_new_tokens", "num_beams", "repetition_penalty", "do_sample")
@@ -93,26 +96,83 @@ class LlavaGenhancer(lmms):
         super().clean()
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """An answer to each document."""
+        """Returns an answer to each document.
+
+        A document that cannot be answered (too long, an unreadable image, no memory for it alone) ends nothing: it is
+        named on stderr, and its reply is the reason, behind ``UNANSWERED``, in our tasks and nothing in others'.
+        """
         with refusing():
             asked = [r.args for r in requests]
             answers: dict[int, str] = {}
+            failed: dict[int, Unanswerable] = {}
             for chosen, numbers in self._batches(asked):
-                batch = [asked[n] for n in numbers]
-                docs = [self._doc(*args[3:]) for args in batch]
-                asks = [ask(args[0], args[2](doc)) for args, doc in zip(batch, docs, strict=True)]
-                if chosen:
-                    options = [options_of(args[4], doc) or [] for args, doc in zip(batch, docs, strict=True)]
-                    said = [own[i] for own, i in zip(options, self._best(asks, options), strict=True)]
-                else:
-                    said = self._say(asks, batch[0][1])
-                answers |= zip(numbers, said, strict=True)
+                before = self.respondent.at_once
+
+                def answer(part: Sequence[int], chosen: bool = chosen) -> list[str]:
+                    return self._answered([asked[n] for n in part], chosen)
+
+                for number, said in zip(numbers, one_by_one(answer, numbers), strict=True):
+                    if not isinstance(said, Unanswerable):
+                        answers[number] = said
+                        continue
+                    self.respondent.at_once = before  # one document's size does not slow down all others
+                    failed[number] = said
+                    answers[number] = f"{UNANSWERED}{said}" if _is_ours(asked[number][2]) else ""
+                # Where memory holds nothing at all, each of some thousand documents would be tried in vain.
+                if len(failed) == len(answers) >= NAMED and "out of memory" in str(failed[numbers[-1]]):
+                    raise InputError(f"none of the first {len(failed)} documents: {failed[numbers[-1]]}")
+            self._report(asked, failed)
             return [answers[n] for n in range(len(asked))]
+
+    def _answered(self, batch: Sequence[tuple[Any, ...]], chosen: bool) -> list[str]:
+        """The answers to a batch of requests that are answered alike.
+
+        Raises:
+            Unanswerable: a document of the batch is too long, or memory or decoder refuse its images.
+        """
+        docs, asks = [], []
+        for args in batch:
+            try:
+                docs.append(self._doc(*args[3:]))
+                asks.append(ask(args[0], args[2](docs[-1])))
+            except InputError:
+                raise
+            except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+                raise Unanswerable(f"its image cannot be read ({reason(error)})") from None
+        if not chosen:
+            return self._say(asks, batch[0][1])
+        options = [options_of(args[4], doc) or [] for args, doc in zip(batch, docs, strict=True)]
+        return [own[i] for own, i in zip(options, self._best(asks, options), strict=True)]
+
+    def _report(self, asked: Sequence[tuple[Any, ...]], failed: Mapping[int, Unanswerable]) -> None:
+        """Names the documents without an answer on stderr.
+
+        Raises:
+            InputError: no document was answered, in the only process.
+        """
+        counts = Counter(asked[number][4] for number in failed)
+        shown: Counter[str] = Counter()
+        for number, error in failed.items():
+            place, task = asked[number][3:5]
+            shown[task] += 1
+            if shown[task] <= NAMED:
+                _say(f"task {task}, document {place} has no answer: {error}")
+        for task, many in counts.items():
+            total = sum(args[4] == task for args in asked)
+            _say(f"task {task}: {many} of {total} documents have no answer and count as wrong")
+        if failed and len(failed) == len(asked) and self.world_size == 1:
+            raise InputError(f"none of the {len(asked)} documents was answered: {next(iter(failed.values()))}")
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[list[str]]:
         """Each document's answers round by round; what is asked next, the task makes of the answers so far."""
         with refusing():
-            return [self._rounds(*r.args) for r in self._progress(requests)]
+            said = []
+            for r in self._progress(requests):
+                try:
+                    said.append(self._rounds(*r.args))
+                except Unanswerable as error:
+                    raise InputError(f"task {r.args[5]}, document {r.args[4]}: {error}") from None
+            return said
 
     def _rounds(
         self, text: str, settings: Mapping[str, Any], images: Callable, next_round: Callable, *place: Any
@@ -144,9 +204,22 @@ class LlavaGenhancer(lmms):
                 docs = [self._doc(*asked[own[0]][3:]) for own in batch]
                 asks = [ask(asked[own[0]][0], asked[own[0]][2](doc)) for own, doc in zip(batch, docs, strict=True)]
                 replies = [[_text(asked[n][1], doc) for n in own] for own, doc in zip(batch, docs, strict=True)]
-                for own, scores in zip(batch, self.respondent.score(asks, replies), strict=True):
+                for own, scores in zip(batch, self._scored(asks, replies, [asked[n[0]] for n in batch]), strict=True):
                     losses |= {n: (-self._value(s), s.greedy) for n, s in zip(own, scores, strict=True)}
             return [losses[n] for n in range(len(asked))]
+
+    def _scored(
+        self, asks: Sequence[Ask], replies: Sequence[Sequence[str]], asked: Sequence[tuple[Any, ...]]
+    ) -> list[list[Score]]:
+        """Scores of each question's replies; no loss stands for "not answered", so that an error names its document."""
+        found: list[list[Score]] = []
+        pairs = list(zip(asks, replies, strict=True))
+        scored = one_by_one(lambda part: self.respondent.score(*zip(*part, strict=True)), pairs)
+        for scores, args in zip(scored, asked, strict=True):
+            if isinstance(scores, Unanswerable):
+                raise InputError(f"task {args[4]}, document {args[3]}: {scores}") from None
+            found.append(scores)
+        return found
 
     def _batches(self, asked: Sequence[tuple[Any, ...]]) -> Iterator[tuple[bool, list[int]]]:
         """Numbers of requests that can be answered together, and whether by choosing; the longest come first."""
@@ -188,7 +261,8 @@ def ask(text: str, visuals: Sequence[Any] | None) -> Ask:
     """A task's prompt and what it shows.
 
     Raises:
-        InputError: an image cannot be read.
+        Unanswerable: an image cannot be read.
+        InputError: it is no image.
     """
     return Ask.about(text, [_picture(visual) for visual in visuals or () if visual is not None])
 
@@ -201,7 +275,16 @@ def _picture(visual: Any) -> Image.Image:
     try:
         return decode(visual)
     except BadImage as error:
-        raise InputError(f"{visual} cannot be used: {error}") from None
+        raise Unanswerable(f"{visual} cannot be used: {error}") from None
+
+
+def _is_ours(doc_to_visual: Any) -> bool:
+    """Returns whether a request's task is ours, whose parser never reads a reason; by the task's version."""
+    return str(getattr(getattr(doc_to_visual, "__self__", None), "VERSION", "")).startswith("genhancer")
+
+
+def _say(text: str) -> None:
+    print(f"llava_genhancer: {text}", file=sys.stderr, flush=True)
 
 
 def decoding(settings: Mapping[str, Any]) -> dict[str, Any]:

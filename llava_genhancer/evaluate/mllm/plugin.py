@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import Any
 
 from llava_genhancer.errors import InputError, reason
+from llava_genhancer.evaluate.mllm.benchmarks.items import count, unanswered_metric, with_unanswered
 from llava_genhancer.evaluate.mllm.local_data import CACHE_VARIABLE, cache_folder
 from llava_genhancer.evaluate.mllm.options import OURS, UPSTREAM
 from llava_genhancer.resources import resource_dir
@@ -150,6 +151,10 @@ def _ours(name: str, config: dict[str, Any], index: Mapping[str, Any]) -> dict[s
     """The configuration of one of our tasks, or of our group, in this index and this environment."""
     if isinstance(config.get("task"), list):
         return {**config, "task": [OURS + task if OURS + task in index else task for task in config["task"]]}
+    config["process_results"] = with_unanswered(config["process_results"])
+    (unparsed,) = (entry["metric"] for entry in config["metric_list"] if entry["metric"].endswith("_unparsed"))
+    counted = {"metric": unanswered_metric(unparsed), "aggregation": count, "higher_is_better": False}
+    config["metric_list"] = [*config["metric_list"], counted]
     if UPSTREAM + name in index:
         _say(
             f"task {name} is ours ({config['metadata']['version']}), since lmms-eval's {TAKEN_OVER[name]}; "

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from llava_genhancer.evaluate.mllm.plugin import DEFAULT_MODEL, MODEL
 from llava_genhancer.evaluate.mllm.results import Model, TaskRun
 
+NAMED = 5  # unanswered documents in a line; report.json has all of them
 DATA = {
     "mmvp": "lmms-lab-eval/MMVP",
     "mmvp_original_labels": "lmms-lab-eval/MMVP",
@@ -55,7 +56,16 @@ def _differences(task: TaskRun) -> Iterator[str]:
         yield f"another data set than {DATA[task.name]}"
     elif (known := QUESTIONS.get(task.name)) and len(task.documents) != known:
         yield f"{len(task.documents):,} questions where the benchmark has {known:,}: another set of this name"
-    unparsed = sum(task.item(number)["answer"] is None for number in task.documents)
+    lost = task.unanswered
+    unparsed = sum(task.item(number)["answer"] is None for number in task.documents) - len(lost)
+    if lost:
+        share = 100 * len(lost) / len(task.documents)
+        named = "; ".join(f"{number} ({why})" for number, why in list(lost.items())[:NAMED])
+        more = f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
+        yield (
+            f"{len(lost):,} of {len(task.documents):,} documents of {task.name} ({share:.1f} %) could not be answered "
+            f"and count as wrong: {named}{more}"
+        )
     if unparsed:
         share = 100 * unparsed / len(task.documents)
         yield f"{share:.0f} % of the replies held no answer, and count as wrong"

@@ -40,6 +40,24 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
+class Unanswerable(InputError):
+    """One question cannot be answered (too long, an unreadable image, no memory), though others may be."""
+
+
+def one_by_one(answer: Callable[[Sequence[T]], Sequence[U]], work: Sequence[T]) -> list[U | Unanswerable]:
+    """Returns the answers to a batch; where the batch fails, each question's own answer or its error.
+
+    Args:
+        answer: answers a batch, or raises Unanswerable because of any question in the batch.
+    """
+    try:
+        return list(answer(work))
+    except Unanswerable as error:
+        if len(work) == 1:
+            return [error]
+    return [found for one in work for found in one_by_one(answer, [one])]
+
+
 class Ask(NamedTuple):
     """A question with ``<image>`` where its images stand, and those images."""
 
@@ -128,7 +146,7 @@ class Respondent:
         """The scores of each question's options, in one batch if memory holds it.
 
         Raises:
-            InputError: it does not hold a single question, or the language model does not read as much.
+            Unanswerable: memory does not hold a single question, or the language model does not read as much.
         """
         return self._in_parts(
             lambda part: self._score(*zip(*part, strict=True)), list(zip(asked, options, strict=True))
@@ -152,14 +170,15 @@ class Respondent:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                if len(part) == 1:
-                    raise InputError(
-                        "out of memory with one question at a time: load the weights in half precision "
-                        "(--model_args dtype=bfloat16), or use a device with more memory"
-                    ) from None
+                alone = len(part) == 1
             gc.collect()  # only here is what the attempt held free
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+            if alone:
+                raise Unanswerable(
+                    "out of memory with one question at a time: load the weights in half precision "
+                    "(--model_args dtype=bfloat16), or use a device with more memory"
+                )
             self.at_once = (len(part) + 1) // 2
             log.warning("out of memory with %d questions at a time: going on with %d", len(part), self.at_once)
         return done
@@ -233,7 +252,7 @@ class Respondent:
         """Ids and labels with each image's place as wide as what the tower makes of it.
 
         Raises:
-            InputError: the language model cannot read that much.
+            Unanswerable: the language model cannot read that much.
         """
         config = self.model.config
 
@@ -248,7 +267,9 @@ class Respondent:
         row = Encoded(wide(encoded.input_ids, config.image_token_id), wide(encoded.labels, IGNORE_INDEX))
         limit = config.text_config.max_position_embeddings
         if len(row.input_ids) > limit:
-            raise InputError(f"a question with its images is {len(row.input_ids)} tokens long, the model reads {limit}")
+            raise Unanswerable(
+                f"a question with its images is {len(row.input_ids)} tokens long, the model reads {limit}"
+            )
         return row
 
     def _embedded(self, ids: Tensor, asked: Sequence[Ask]) -> Tensor:

@@ -65,6 +65,12 @@ class TaskRun:
         sample = self.documents[number]
         return next(v for v in sample.values() if isinstance(v, dict) and "right" in v)
 
+    @cached_property
+    def unanswered(self) -> dict[int, str]:
+        """The documents that the model could not answer, by number, each with its reason."""
+        items = {number: self.item(number) for number in sorted(self.documents)}
+        return {number: str(item["unanswered"]) for number, item in items.items() if item.get("unanswered")}
+
     @property
     def command(self) -> str:
         if command := self.facts.get("command"):
@@ -103,7 +109,13 @@ class TaskRun:
 
 @dataclass(frozen=True)
 class Measured:
-    """One column of Table 2 for one model: percent with a 95 % bootstrap interval over ``n`` units."""
+    """One column of Table 2 for one model: percent with a 95 % bootstrap interval over ``n`` units.
+
+    Attributes:
+        answers: documents that were asked.
+        unparsed: replies without an answer in them.
+        unanswered: documents that the model could not answer; like the unparsed they count as wrong.
+    """
 
     column: Column
     task: TaskRun
@@ -111,6 +123,7 @@ class Measured:
     counts: resampling.Counts
     answers: int
     unparsed: int
+    unanswered: int = 0
 
     @property
     def n(self) -> int:
@@ -173,7 +186,9 @@ def measure(column: Column, task: TaskRun) -> Measured:
         counts = {unit: own for unit, own in counts.items() if any(denominator for _, denominator in own)}
     items = [item for own in of_unit.values() for item in own]
     array = np.array(list(counts.values()), dtype=np.int64).reshape(len(counts), len(column.count([])), 2)
-    measured = Measured(column, task, tuple(counts), array, len(items), sum(i["answer"] is None for i in items))
+    lost = sum("unanswered" in i for i in items)
+    unparsed = sum(i["answer"] is None for i in items) - lost
+    measured = Measured(column, task, tuple(counts), array, len(items), unparsed, lost)
     told = task.metrics.get(f"{column.metric},none")
     if isinstance(told, int | float) and measured.percent is not None and abs(100 * told - measured.percent) > 1e-6:
         raise InputError(

@@ -95,6 +95,11 @@ def _answers(report: Report) -> list[str]:
         "tower differ, only several seeds tell; in a short training that is a lot, as a detail is learned or not yet. "
         f"And {len(first.details)} details are {len(first.details)} chances for a small p: read the average first.",
     ]
+    for r in results:
+        if r.unanswered:
+            named = "; ".join(f"{i} ({why})" for i, why in list(r.unanswered.items())[:5])
+            lost = f"{len(r.unanswered)} of {len(r.answers)} questions"
+            notes.append(text(f"{r.label}: {lost} could not be answered and count as wrong: {named}", limit=1500))
     report.facts["questions"] = {
         "scoring": SCORING,
         "models": [{k: v for k, v in r.to_dict().items() if k != "answers"} for r in results],

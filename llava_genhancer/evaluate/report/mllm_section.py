@@ -29,8 +29,9 @@ CSV = "tables/table2.csv"
 BACKBONE = "openai-l14-336"  # the vision tower of Table 2, LLaVA-1.5's own
 METHOD_NAMES = {"original": "original", "diva": "DIVA", "genhancer": "GenHancer"}
 CSV_HEADER = (
-    "source", "model", "column", "percent", "low", "high", "n", "unit", "answers", "unparsed", "against", "change",
-    "change_low", "change_high", "p", "test", "task", "task_version", "data", "data_revision", "lmms_eval", "samples",
+    "source", "model", "column", "percent", "low", "high", "n", "unit", "answers", "unparsed", "unanswered", "against",
+    "change", "change_low", "change_high", "p", "test", "task", "task_version", "data", "data_revision",
+    "lmms_eval", "samples",
 )  # fmt: skip
 
 
@@ -110,6 +111,11 @@ def _facts(found: Evaluation, run_dir: Path) -> dict[str, Any]:
                     name: {k.removesuffix(",none"): v for k, v in task.metrics.items() if _is_metric(k, v)}
                     for name, task in model.tasks.items()
                 },
+                "unanswered": [
+                    {"task": name, "document": number, "reason": why}
+                    for name, task in model.tasks.items()
+                    for number, why in task.unanswered.items()
+                ],
             }
             for model in found.models
         ],
@@ -129,6 +135,7 @@ def _column(m: Measured, run_dir: Path) -> dict[str, Any]:
         "unit": m.column.unit,
         "answers": m.answers,
         "unparsed": m.unparsed,
+        "unanswered": m.unanswered,
         "task": m.task.name,
         "task_version": m.task.version,
         "samples": _relative(m.task.samples, run_dir),
@@ -162,7 +169,8 @@ def _cell(m: Measured | None, run_dir: Path) -> str:
     if m is None or m.percent is None:
         return ""
     low_high = f" [{m.interval[0]:.1f}, {m.interval[1]:.1f}]" if m.interval else ""
-    return _link(f"{m.percent:.1f}", m.task.samples, run_dir) + low_high
+    lost = f" ({m.unanswered:,} of {m.answers:,} not answered)" if m.unanswered else ""
+    return _link(f"{m.percent:.1f}", m.task.samples, run_dir) + low_high + lost
 
 
 def _changes(found: Evaluation, method: Method | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
@@ -39,6 +40,33 @@ def count(items: Sequence[Item]) -> int:
 def unparsed(items: Sequence[Item]) -> int:
     """Replies in which no answer was found; they count as wrong."""
     return sum(item["answer"] is None for item in items)
+
+
+UNANSWERED = "[not answered] "  # what our model replies, before the reason, to a document that it could not answer
+
+
+def with_unanswered(process: Callable[..., dict[str, Item]]) -> Callable[..., dict[str, Item]]:
+    """Wraps a task's ``process_results``: a document that was not answered is wrong, and its items hold the reason.
+
+    Such a document has one metric more, ``<benchmark>_unanswered``; the parser never reads the reason.
+    """
+
+    @functools.wraps(process)
+    def judged(doc: Mapping[str, Any], replies: Sequence[str]) -> dict[str, Item]:
+        reply = str(replies[0])
+        if not reply.startswith(UNANSWERED.strip()):
+            return process(doc, replies)
+        items = process(doc, [""])
+        item = {**next(iter(items.values())), "answer": None, "right": False}
+        item["unanswered"] = reply.removeprefix(UNANSWERED.strip()).strip()
+        return dict.fromkeys([*items, *(unanswered_metric(n) for n in items if n.endswith("_unparsed"))], item)
+
+    return judged
+
+
+def unanswered_metric(unparsed: str) -> str:
+    """The name of the metric that counts the unanswered, beside the one that counts the unparsed."""
+    return unparsed.removesuffix("_unparsed") + "_unanswered"
 
 
 def groups(items: Sequence[Item], key: Callable[[Item], Hashable], size: int | str) -> list[bool]:
