@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import random
 import re
+import shlex
 import shutil
+import statistics
+import sys
 import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
@@ -202,3 +207,61 @@ def test_a_second_run_of_a_task_replaces_the_first(run: Path) -> None:
     first = measured(run).models[0]
     assert first.tasks["pope"].samples.name.startswith("9999")
     assert not first.tasks["mmvp"].samples.name.startswith("9999")
+
+
+def test_the_reports_command_repeats_a_run_by_hand(
+    lmms, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folder, variables and every word, of a run whose paths are relative to where it was started."""
+    away = tmp_path / "away from the data"
+    away.mkdir()
+    monkeypatch.setenv("LLAVA_GENHANCER_DATA", str(data))
+    monkeypatch.setenv("LLAVA_GENHANCER_UPSTREAM_TASKS", "1")
+    monkeypatch.chdir(away)
+    lmms("genhancer_scienceqa_img", "A", "--limit", "5", output=Path("run/eval/lmms/mine"))
+    words = write_report(away / "run").read_text()
+    (line,) = [line for line in words.splitlines() if line.startswith("cd ") and "scienceqa" in line]
+    parts = shlex.split(line)
+    assert parts[:3] == ["cd", str(away), "&&"]
+    assert {f"LLAVA_GENHANCER_DATA={data}", "LLAVA_GENHANCER_UPSTREAM_TASKS=1"} <= set(parts[3:6])
+    start = parts.index("lmms-eval")
+    assert parts[start:] == ["lmms-eval", *sys.argv[1:]]
+    assert {"--limit", "5", "run/eval/lmms/mine", "response=A"} <= set(parts[start:])
+
+
+def test_both_facts_of_hallusionbench_are_listed(run: Path) -> None:
+    words = write_report(run).read_text().replace("\\", "")
+    assert '14 of its 951 questions ask "which ..."' in words
+    assert "VLMEvalKit merges them by name (332, 429), which makes its average about 0.7 points lower" in words
+
+
+TEST_DATA = Path(os.environ.get("LLAVA_GENHANCER_TEST_DATA", Path(__file__).parents[2] / "../shared/data"))
+
+
+@pytest.mark.skipif(not (TEST_DATA / "HallusionBench.json").is_file(), reason="needs LLAVA_GENHANCER_TEST_DATA")
+def test_the_facts_of_hallusionbench_are_so() -> None:
+    """Counted in the published questions; VLMEvalKit's grouping on random answers, half of them right."""
+    with open(TEST_DATA / "HallusionBench.json") as file:
+        docs = [doc for doc in json.load(file) if doc["visual_input"] != "0"]
+    which = [d for d in docs if re.search(r"(?:^|, )which (?!spanned)", d["question"], re.IGNORECASE)]
+    assert (len(docs), len(which), sum(d["gt_answer"] == "1" for d in which)) == (951, 14, 11)
+
+    def average(right: list[bool], *merged_by: str) -> tuple[float, int, int]:
+        shares = [statistics.fmean(right)]
+        sizes = []
+        for last in ("figure_id", "question_id"):
+            of_group: dict[tuple[str, ...], list[bool]] = {}
+            for doc, x in zip(docs, right, strict=True):
+                of_group.setdefault(tuple(doc[k] for k in (*merged_by, last)), []).append(x)
+            shares.append(statistics.fmean(map(all, of_group.values())))
+            sizes.append(len(of_group))
+        return 100 * statistics.fmean(shares), *sizes
+
+    differences = []
+    for seed in range(50):
+        draw = random.Random(seed)
+        right = [draw.random() < 0.5 for _ in docs]
+        apart, merged = average(right, "category", "subcategory", "set_id"), average(right, "subcategory", "set_id")
+        assert (apart[1:], merged[1:]) == ((346, 455), (332, 429))
+        differences.append(merged[0] - apart[0])
+    assert statistics.fmean(differences) == pytest.approx(-0.7, abs=0.1)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate.mllm.plugin import DATA_VARIABLE, MODEL
+from llava_genhancer.evaluate.mllm.plugin import DATA_VARIABLE, MODEL, environment
 from llava_genhancer.evaluate.mllm.results import PROVENANCE, RESULTS
 from llava_genhancer.evaluate.mllm.start import checkpoint_folder
 from llava_genhancer.run import read_json, sha256, versions, write_json
@@ -104,12 +104,8 @@ def _done_before(output: Path, command: Sequence[str], checkpoint: Path) -> bool
 
 def _call(words: Sequence[str], output: Path, tasks: str, data: str | Path | None) -> None:
     """Run lmms-eval; its results must be new and hold the tasks."""
-    environment = dict(os.environ)
-    if data is not None:
-        environment[DATA_VARIABLE] = str(Path(data).expanduser().resolve())
-        environment["HF_HUB_OFFLINE"] = environment["HF_DATASETS_OFFLINE"] = "1"
     before = set(output.rglob(f"*{RESULTS}"))
-    status = subprocess.run(words, env=environment).returncode
+    status = subprocess.run(words, env={**os.environ, **_environment(data)}).returncode
     new = set(output.rglob(f"*{RESULTS}")) - before
     if status == -signal.SIGKILL:
         raise InputError("lmms-eval was killed, most often because memory ran out: lower --batch_size")
@@ -137,13 +133,26 @@ def _unanswered(output: Path) -> list[str]:
     return lines
 
 
+def _environment(data: str | Path | None) -> dict[str, str]:
+    """The variables that lmms-eval is called with and that matter."""
+    local = {}
+    if data is not None:
+        local = {
+            DATA_VARIABLE: str(Path(data).expanduser().resolve()),
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+        }
+    return environment() | local
+
+
 def _write_provenance(output: Path, command: Sequence[str], data: str | Path | None) -> None:
     newest = max(output.rglob(f"*{RESULTS}"), key=lambda path: path.name)
     packages = {name: importlib.metadata.version(name) for name in ("lmms_eval", "datasets")}
     facts: dict[str, Any] = {
         "format": 1,
         "command": ["python", *command],
-        "environment": {DATA_VARIABLE: str(data)} if data is not None else {},
+        "folder": os.getcwd(),
+        "environment": _environment(data),
         "results": [newest.name],
         "versions": versions() | packages,
         "data": revisions(read_json(newest)["configs"]),

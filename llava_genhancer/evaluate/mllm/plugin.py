@@ -17,6 +17,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Mapping
 from importlib.machinery import ModuleSpec
@@ -28,6 +29,7 @@ from llava_genhancer.errors import InputError, reason
 from llava_genhancer.evaluate.mllm.benchmarks.items import count, unanswered_metric, with_unanswered
 from llava_genhancer.evaluate.mllm.local_data import CACHE_VARIABLE, cache_folder
 from llava_genhancer.evaluate.mllm.options import OURS, UPSTREAM
+from llava_genhancer.evaluate.mllm.start import RUN_VARIABLE
 from llava_genhancer.resources import resource_dir
 
 MODEL = "llava_genhancer"
@@ -36,6 +38,9 @@ DEFAULT_MODEL = "hf"  # what `lmms-eval` without --model asks for
 TASKS = "lmms_eval.tasks"
 UPSTREAM_VARIABLE = "LLAVA_GENHANCER_UPSTREAM_TASKS"
 DATA_VARIABLE = "LLAVA_GENHANCER_DATA"
+VARIABLES = (
+    DATA_VARIABLE, UPSTREAM_VARIABLE, RUN_VARIABLE, "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE",
+)  # fmt: skip
 # Names of lmms-eval's that are ours, and why.
 TAKEN_OVER = {
     "mmvp": 'reads "Camera is B" as A, and needs a hub login',
@@ -166,9 +171,23 @@ def _ours(name: str, config: dict[str, Any], index: Mapping[str, Any]) -> dict[s
             _say(f"{DATA_VARIABLE}={data} holds no {config['dataset_path']}: put a copy there, or unset the variable")
             raise SystemExit(2)
         config["dataset_path"] = str(local.resolve())
-    # Its results file names the commit of the folder that it was started in.
-    config["metadata"] = {**config["metadata"], "lmms_eval": importlib.metadata.version("lmms_eval")}
+    # lmms-eval's results file names the commit of the folder that lmms-eval was started in, and no environment.
+    known = {"lmms_eval": importlib.metadata.version("lmms_eval"), "run": this_run()}
+    config["metadata"] = {**config["metadata"], **known}
     return config
+
+
+def this_run() -> dict[str, Any]:
+    """Returns what repeats this process: its command, the folder it was started in, and variables that matter."""
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    start = ["torchrun", f"--nproc_per_node={world}", "-m", "lmms_eval"] if world > 1 else ["lmms-eval"]
+    words = [re.sub(r"((?:token|key|password)=)[^,]+", r"\1...", word) for word in sys.argv[1:]]
+    return {"command": [*start, *words], "folder": os.getcwd(), "environment": environment()}
+
+
+def environment() -> dict[str, str]:
+    """Returns the variables that are set and that change which data, tasks or model an evaluation takes."""
+    return {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
 
 
 def _keeps_names() -> bool:

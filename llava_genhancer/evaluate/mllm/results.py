@@ -73,9 +73,15 @@ class TaskRun:
 
     @property
     def command(self) -> str:
-        if command := self.facts.get("command"):
-            environment = (f"{k}={shlex.quote(v)}" for k, v in self.facts.get("environment", {}).items())
-            return " ".join([*environment, shlex.join(map(str, command))])
+        """A shell's line that repeats the run: folder, variables, command.
+
+        Of a run by hand the task's metadata have them; of a file without those the line has what lmms-eval recorded.
+        """
+        ran = self.facts if self.facts.get("command") else (self.config.get("metadata") or {}).get("run") or {}
+        if command := ran.get("command"):
+            folder = [f"cd {shlex.quote(str(ran['folder']))} &&"] if ran.get("folder") else []
+            environment = (f"{k}={shlex.quote(str(v))}" for k, v in ran.get("environment", {}).items())
+            return " ".join([*folder, *environment, shlex.join(map(str, command))])
         given = self.settings.get("resolved_cli_args") or self.settings
         words = ["lmms-eval"]
         for name in SHOWN_ARGUMENTS:

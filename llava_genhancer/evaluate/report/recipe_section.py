@@ -12,6 +12,7 @@ from llava_genhancer.evaluate.words import fields
 from llava_genhancer.method import read_fields
 from llava_genhancer.run import read_json
 
+WITH_LOCALS = "(with locals)"  # as mmvp-vlm --locals labels its towers
 # Recipe fields worth a reader's first look; the others follow folded away.
 FIRST_FIELDS = (
     "backbone", "denoiser", "objective", "vae", "vq", "data", "condition", "t_sampling", "t_scale", "mask_ratio",
@@ -59,6 +60,8 @@ def commands(report: Report, baseline: Path | None) -> str:
         values = read_json(measured)
         towers = [str(t["tower"]) for t in values["towers"]]
         where = ["--data", str(values["benchmark"]["path"]), "--output", str(measured)]
+        if all(str(t["label"]).endswith(WITH_LOCALS) for t in values["towers"]):
+            where.append("--locals")
         lines.append(shlex.join(["llava-genhancer", "mmvp-vlm", *towers, *where]))
     lines += llava_section.commands(report.run_dir)
     compared = ["--baseline", str(baseline)] if baseline else []
