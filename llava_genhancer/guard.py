@@ -25,6 +25,7 @@ from llava_genhancer.fields import Guards
 log = logging.getLogger(__name__)
 WINDOW = 50  # accepted steps whose median is the usual loss
 ENOUGH = 10  # steps before anything is called a spike
+NO_GRADIENT_STEPS = 20  # first steps of a training, in one of which at least the gradient must not be zero
 
 
 class BadStep(RuntimeError):
@@ -37,6 +38,10 @@ class NonFiniteLoss(BadStep):
 
 class LossSpike(BadStep):
     """The loss rose above the recipe's multiple of the usual one; the step was not taken."""
+
+
+class NoGradient(BadStep):
+    """In none of the first steps any trained weight had a gradient: the training would end where it began."""
 
 
 class _Loss:
@@ -67,6 +72,7 @@ class LossGuard:
         self.policy, self.rank, self.total = policy, rank, total
         self.file = folder / f"bad-steps-rank{rank}.jsonl"
         self.skipped: list[int] = []
+        self.without_gradient = 0  # steps from the first one on in which the gradient of every trained weight was 0
         self._accepted: deque[float] = deque(maxlen=WINDOW)
         self._unread: deque[_Loss] = deque()
         self._step_losses: list[Tensor] = []
@@ -80,11 +86,16 @@ class LossGuard:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON types, the same on every rank."""
-        return {"skipped": self.skipped, "accepted": list(self._accepted)}
+        return {
+            "skipped": self.skipped,
+            "accepted": list(self._accepted),
+            "without_gradient": self.without_gradient,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.skipped = list(state["skipped"])
+        self.without_gradient = state.get("without_gradient", 0)
         self._accepted = deque(state["accepted"], maxlen=WINDOW)
 
     # --- spikes ---------------------------------------------------------------------------------------------------
@@ -157,6 +168,24 @@ class LossGuard:
             )
         if self.rank == 0:
             log.warning("step %d is skipped on every rank", step)
+
+    # --- no gradient ----------------------------------------------------------------------------------------------
+
+    def check_gradient(self, norm: Any, step: int, last_step: int) -> None:
+        """Count the first steps whose gradient norm is zero; ``norm`` is None where DeepSpeed has none to report.
+
+        Raises:
+            NoGradient: it was zero in all of the first twenty steps, or in all steps of a shorter training.
+        """
+        if self.without_gradient != step - 1 or step > NO_GRADIENT_STEPS or norm is None or float(norm) != 0:
+            return
+        self.without_gradient = step
+        if step >= min(NO_GRADIENT_STEPS, last_step):
+            raise NoGradient(
+                f"the gradient of every trained weight was zero in all of the first {step} steps, so nothing is "
+                "learned: check that the data holds what these weights learn from (images, for a projector), then "
+                "repeat the command with a new --output_dir"
+            )
 
     # --- words ----------------------------------------------------------------------------------------------------
 

@@ -244,6 +244,7 @@ class ExactTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Trainer's, whose answer is the same on all ranks: where it is not finite the step may have to go."""
         norm = super()._get_grad_norm(model, grad_norm)
+        self.guard.check_gradient(norm, self.state.global_step + 1, self.args.max_steps)
         if not self.guard.skips:
             return norm
         if self.is_deepspeed_enabled:  # ... which has taken the step, or dropped it, in its backward pass

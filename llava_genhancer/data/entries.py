@@ -57,6 +57,28 @@ def read_entries(path: str, digest: Any = None) -> Iterator[Entry]:
         raise InputError(f"data {path} cannot be read: {error.strerror or error}") from None
 
 
+def image_names(entry: dict[str, Any]) -> list[str]:
+    """Return the image paths that an entry of LLaVA's JSON gives as ``image`` or ``images``, a path or a list of paths.
+
+    null, "", [] and NaN (which pandas writes) are no image.
+
+    Raises:
+        ValueError: something else than paths, or both keys with different paths; the message says what was found.
+    """
+    given: list[list[str]] = []
+    for key in ("image", "images"):
+        value = entry.get(key)
+        if not value or value != value:
+            continue
+        names = value if isinstance(value, list) else [value]
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"'{key}' must be a path or a list of paths, not {json.dumps(value)[:80]}")
+        given.append(names)
+    if len(given) == 2 and given[0] != given[1]:
+        raise ValueError(f"'image' and 'images' differ: {given[0]} and {given[1]}"[:160])
+    return given[0] if given else []
+
+
 class _Window:
     """A stretch of the file as text; ``at`` is where reading stands in it, ``byte`` where that is in the file."""
 

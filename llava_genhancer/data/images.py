@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from llava_genhancer.data.decode import IMAGE_SUFFIXES, MAX_BYTES, BadImage, decode
-from llava_genhancer.data.entries import read_entries
+from llava_genhancer.data.entries import image_names, read_entries
 from llava_genhancer.errors import InputError
 
 MAX_HEADER = 1 << 13  # bytes of an extended tar header
@@ -185,7 +185,7 @@ def _recognise(path: str, image_folder: str | None) -> Source:
         if os.path.isfile(expanded):
             if expanded.endswith(".tar"):
                 return _shards([expanded], path)
-            if expanded.endswith(".json"):
+            if expanded.endswith((".json", ".jsonl")):
                 return _llava_json(expanded, image_folder)
             if expanded.endswith(".parquet"):
                 return _parquet([expanded], path)
@@ -279,11 +279,10 @@ def _llava_json(path: str, image_folder: str | None) -> IndexedSource:
     for number, (entry, _, _) in enumerate(read_entries(path)):
         if not isinstance(entry, dict):
             raise InputError(f"data {path} is not a LLaVA JSON: it must be a list of objects with an 'image' each")
-        images = entry.get("image") or []
-        images = [images] if isinstance(images, str) else images
-        if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-            raise InputError(f"data {path}: entry {number}: 'image' must be a path below the image folder, or a list")
-        names.update(dict.fromkeys(images))
+        try:
+            names.update(dict.fromkeys(image_names(entry)))
+        except ValueError as error:
+            raise InputError(f"data {path}: entry {number}: {error}") from None
     return IndexedSource(len(names), _Files(root, list(names)))
 
 

@@ -22,7 +22,7 @@ from llava_genhancer.llava.conversation import check_template
 from llava_genhancer.llava.dataset import Collator, ImageView, LlavaDataset, load_image_processor
 from llava_genhancer.llava.model import llava_config, local
 from llava_genhancer.llava.recipes import LlavaRecipe, LlavaStep
-from llava_genhancer.llava.samples import Samples, summary
+from llava_genhancer.llava.samples import NO_IMAGE, Samples, summary, text_summary
 from llava_genhancer.llava.tokenizer import load_tokenizer
 
 
@@ -133,7 +133,14 @@ class LlavaLoader:
         left_out = dataset.samples.report
         if left_out.skipped > max_bad_fraction * left_out.read and left_out.read >= MIN_READ:
             raise InputError(
-                f"data {dataset.samples.path}: {summary(left_out)}; fix the data, or raise --max_bad_fraction"
+                f"data {dataset.samples.path}: {summary(left_out, dataset.samples.first)}; fix the data, or raise "
+                "--max_bad_fraction"
+            )
+        no_image = dataset.samples.as_text.by_reason.get(NO_IMAGE, 0)
+        if no_image > max_bad_fraction * len(dataset) and (len(dataset) >= MIN_READ or not dataset.samples.with_image):
+            raise InputError(
+                f'data {dataset.samples.path}: {text_summary(dataset.samples.as_text)}; give each of them "image", a '
+                "path below image_folder, or take <image> out of the text, or raise --max_bad_fraction"
             )
         self._given = 0
         self._batches: Any = None

@@ -20,14 +20,14 @@ import torch.distributed as dist
 from transformers import TrainingArguments
 
 from llava_genhancer import engine, run
-from llava_genhancer.errors import InputError
+from llava_genhancer.errors import InputError, plain
 from llava_genhancer.llava.batches import build_loader
 from llava_genhancer.llava.conversation import get_template
 from llava_genhancer.llava.export import export_step
 from llava_genhancer.llava.features import open_features
 from llava_genhancer.llava.model import Llava, build_llava, llava_config, local
 from llava_genhancer.llava.recipes import STEPS, LlavaRecipe, LlavaStep, harmless_fields
-from llava_genhancer.llava.samples import read_samples
+from llava_genhancer.llava.samples import Samples, read_samples, text_summary
 from llava_genhancer.tower.export import is_tower, read_marker
 from llava_genhancer.trainer import FINAL_FILE, ExactTrainer
 
@@ -136,6 +136,7 @@ def _train(recipe: LlavaRecipe, step: str, folder: Path, projector: Path | None,
     started = time.time()
     assert table.data is not None  # _check refuses that
     samples = read_samples(table.data, table.image_folder)
+    _check_images(samples, step)
     args = training_arguments(recipe, step, folder, deepspeed, len(samples))
     loader = build_loader(recipe, table, samples, rank=args.process_index, world_size=args.world_size)
     with engine.without_zero_init(args):
@@ -151,10 +152,28 @@ def _train(recipe: LlavaRecipe, step: str, folder: Path, projector: Path | None,
         model.vision_tower = None
     trainer = build_trainer(recipe, step, model, args, loader, data=samples.fingerprint)
     final = trainer.run()
-    engine.finish_stage(trainer, final, time.time() - started, step=step)
+    engine.finish_stage(trainer, final, time.time() - started, step=step, data=samples.facts())
     trainer.accelerator.free_memory()
     del trainer, model, loader
     engine.forget()
+
+
+def _check_images(samples: Samples, step: str) -> None:
+    """Refuse a pretraining without a single image, and warn of a finetuning without one: the projector stays as it is.
+
+    Raises:
+        InputError: no sample has an image, and only the projector learns.
+    """
+    if samples.with_image:
+        return
+    why = text_summary(samples.as_text)
+    what = f"data {samples.path}: none of the {len(samples)} samples has an image{f' ({why})' if why else ''}"
+    if step == "pretrain":
+        raise InputError(
+            f'{what}, so the projector, all that pretraining trains, would learn nothing: give samples "image", a path '
+            "below image_folder, and <image> in their first question"
+        )
+    log.warning("%s: the projector learns nothing", plain(what))
 
 
 def build_trainer(

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -69,8 +70,11 @@ UNUSABLE = [
     ("not as many <image> as images", entry("1", "<image> hi", "ho", "<image>", "x", image="a.png")),
     ("not as many <image> as images", entry("1", "<image> hi", "ho", image=["a.png", "b.png"])),
     ("image in an answer", entry("1", "hi", "<image>", image="a.png")),
-    ("odd image name", entry("1", "<image>", "x", image=7)),
-    ("odd image name", entry("1", "<image>", "x", image=["a.png", ""])),
+    ("image names cannot be read", entry("1", "<image>", "x", image=7)),
+    ("image names cannot be read", entry("1", "<image>", "x", image=["a.png", ""])),
+    ("image names cannot be read", entry("1", "<image>", "x", image=[None])),
+    ("image names cannot be read", {**entry("1", "<image>", "x"), "images": [{"path": "a.png"}]}),
+    ("image names cannot be read", {**entry("1", "<image>", "x", image="a.png"), "images": ["b.png"]}),
     *(
         ("image outside the image folder", entry("1", "<image>", "x", image=name))
         for name in (
@@ -98,7 +102,12 @@ def test_every_reason_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert samples.report.by_reason == Counter(reason for reason, _ in UNUSABLE)
     assert (samples.report.read, samples.report.skipped) == (len(UNUSABLE) + len(USABLE), len(UNUSABLE))
     assert f"{len(UNUSABLE)} of {len(UNUSABLE) + len(USABLE)} cannot be used" in caplog.text
-    assert "1 with an image that no <image> shows" in caplog.text
+    assert "(first 1: /etc/passwd is not inside" in caplog.text
+    assert samples.as_text.keys == [
+        ("text", "text has <image> but the sample has no image"),
+        ("unshown", "sample has an image but no text has <image>"),
+    ]
+    assert "1 of 8: sample has an image but no text has <image> (first unshown)" in caplog.text
     assert [samples[i].key for i in range(len(samples))] == [
         *(u.get("id", f"#{len(UNUSABLE) + len(USABLE) - 1}") for u in USABLE)
     ]
@@ -169,6 +178,78 @@ def test_paths_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No such file"):
         read_samples(tmp_path / "no.json", tmp_path)
     assert len(read_samples(write(tmp_path / "text.json", USABLE[4:5]))) == 1
+
+
+def test_images_is_read_like_image(tmp_path: Path) -> None:
+    """LLaVA-NeXT's lists, ShareGPT's key: the samples are those of the same JSON in LLaVA-1.5's own form."""
+    (tmp_path / "größe" / "深い").mkdir(parents=True)
+    names = ["größe/深い/naïve 1.png", "a.png"]
+    one = [entry(str(i), "<image>\nWhat?", "A cat.", image=name) for i, name in enumerate(names)]
+    two = entry("2", "<image>\n<image>\nWhich?", "This.", image=names)
+    expected = read_samples(write(tmp_path / "a.json", [*one, two]), tmp_path)
+    assert [expected[i].images for i in range(3)] == [names[:1], names[1:], names]
+    forms: dict[str, Callable[[list[str]], dict[str, Any]]] = {
+        "images": lambda images: {"images": images},
+        "image": lambda images: {"image": images},
+        "both": lambda images: {"image": images, "images": images},
+        "null": lambda images: {"image": None, "images": images},
+        "path": lambda images: {"images": images[0] if len(images) == 1 else images},
+    }
+    for name, form in forms.items():
+        data = [{**e, **form(e["image"] if isinstance(e["image"], list) else [e["image"]])} for e in (*one, two)]
+        for e in data:
+            if "image" not in form([]):
+                e.pop("image")
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(json.dumps(e, ensure_ascii=name != "image") for e in data))
+        samples = read_samples(path, tmp_path)
+        assert [samples[i] for i in range(3)] == [expected[i] for i in range(3)], name
+        assert (samples.with_image, samples.as_text.read, samples.as_text.skipped) == (3, 3, 0)
+
+
+@pytest.mark.parametrize(
+    "image", [{}, {"image": None}, {"image": ""}, {"image": []}, {"images": []}, {"images": None}, {"image": math.nan}]
+)
+def test_text_that_mentions_an_image_it_has_not_is_counted(tmp_path: Path, image: dict[str, Any]) -> None:
+    good = entry("good", "<image>\nWhat?", "A cat.", image="a.png")
+    bad = {**entry("bad", "<image>\nWhat?", "A cat."), **image}
+    samples = read_samples(write(tmp_path / "d.json", [good, bad, entry("text", "Who?", "I.")]), tmp_path)
+    assert samples.facts() == {
+        "samples": 3,
+        "with_image": 1,
+        "left_out": {"by_reason": {}, "keys": []},
+        "read_as_text": {
+            "by_reason": {"text has <image> but the sample has no image": 1},
+            "keys": [["bad", "text has <image> but the sample has no image"]],
+        },
+    }
+
+
+def test_absolute_paths_and_climbing_inside_the_image_folder(tmp_path: Path) -> None:
+    """As LLaVA takes them, whether the folder or the path goes over a link; what leaves the folder is named."""
+    root, other = tmp_path / "real" / "images", tmp_path / "other"
+    (root / "sub").mkdir(parents=True)
+    other.mkdir()
+    for folder in (root, root / "sub", other, tmp_path / "real"):
+        Image.new("RGB", (9, 9)).save(folder / "a.png")
+    (tmp_path / "link").symlink_to(root)
+    (root / "train").symlink_to(other)  # a user's own link out of the folder
+    inside = [
+        f"{root}/a.png", f"{root}/sub/a.png", f"{tmp_path}/link/a.png", f"{root}/sub/../a.png", "sub/../a.png",
+        f"{tmp_path}/other/../real/images/a.png", "train/a.png", f"{root}/train/a.png",
+    ]  # fmt: skip
+    outside = [
+        f"{tmp_path}/real/a.png", f"{other}/a.png", "../a.png", "sub/../../a.png", f"{root}/../a.png",
+        f"{root}-2/a.png", "train/../real/a.png", "train/../train/a.png",
+    ]  # fmt: skip
+    data = [entry(name, "<image>", "x", image=name) for name in (*inside, *outside)]
+    for folder in (root, tmp_path / "link"):
+        samples = read_samples(write(tmp_path / "d.json", data), folder)
+        assert [samples[i].key for i in range(len(samples))] == inside
+        assert all(Path(samples.image_path(samples[i].images[0])).is_file() for i in range(len(samples)))
+        assert samples.report.by_reason == {"image outside the image folder": len(outside)}
+        expected = f"{outside[0]}: {outside[0]} is not inside {folder}"
+        assert samples.first == {"image outside the image folder": expected}
 
 
 # --- images and length --------------------------------------------------------------------------------------------
@@ -482,7 +563,11 @@ def test_too_many_bad_samples_end_the_run(folder: Path, tiny_clip: Path, dataset
         take(loader, 100)
     odd = [*json.loads((folder / "d.json").read_text()), *(["odd"] * 30)]
     samples = read_samples(write(folder / "odd.json", odd), folder / "images")
-    with pytest.raises(InputError, match="30 of 61 cannot be used: 30 not an object; fix the data"):
+    with pytest.raises(InputError, match=r"30 of 61 cannot be used: 30 not an object \(first #31\); fix the data"):
+        LlavaLoader(build(samples, folder, tiny_clip), Collator(0, TOKENS_PER_IMAGE), batch_size=4)
+    lost = [entry(f"lost{i}", "<image>", "x") for i in range(20)]
+    samples = read_samples(write(folder / "lost.json", [*data[:40], *lost]), folder / "images")
+    with pytest.raises(InputError, match=r"20 of 60: text has <image> but the sample has no image \(first lost0\)"):
         LlavaLoader(build(samples, folder, tiny_clip), Collator(0, TOKENS_PER_IMAGE), batch_size=4)
 
 

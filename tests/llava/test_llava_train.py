@@ -17,7 +17,7 @@ from llava_genhancer.llava import train
 from llava_genhancer.llava.model import build_llava
 from llava_genhancer.llava.recipes import LlavaRecipe
 from llava_genhancer.llava.train import LlavaTrainer, finetune, pretrain, training_arguments
-from llava_genhancer.trainer import NonFiniteLoss
+from llava_genhancer.trainer import BadStep, NonFiniteLoss
 
 LORA = {"lora_rank": 4, "lora_dropout": 0.1}
 
@@ -67,6 +67,9 @@ def test_a_run_leaves_what_it_should(finished: Path, llava_fields: dict) -> None
         assert (result["steps"], result["images_seen"], result["step"]) == (6, 48, step)
         assert result["skipped"]["read"] == 48
         assert result["skipped"]["skipped"] == 0
+        nothing: dict = {"by_reason": {}, "keys": []}
+        counts = {"samples": 20, "with_image": 20 if step == "pretrain" else 16}
+        assert result["data"] == {**counts, "left_out": nothing, "read_as_text": nothing}
         history = run.read_json(folder / "log_history.json")
         assert [e["step"] for e in history] == [1, 2, 3, 4, 5, 6]
         assert history[-1]["loss"] < history[0]["loss"]
@@ -204,6 +207,37 @@ def test_nan_stops_the_run_and_names_the_batch(llava_fields, tmp_path, monkeypat
     with pytest.raises(NonFiniteLoss, match="batch keys: "):
         pretrain(recipe_from(llava_fields), tmp_path / "run")
     assert [p.name for p in run.checkpoints(tmp_path / "run" / "llava-pretrain")] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("image", [{}, {"image": None}, {"picture": "0.png"}])
+def test_a_pretraining_without_images_is_refused(llava_fields, tmp_path, monkeypatch, image) -> None:
+    """Before a weight is loaded: it would end "done" with the projector it began with."""
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a red ball"}]
+    (tmp_path / "d.json").write_text(json.dumps([{"id": f"n{i}", "conversations": turns, **image} for i in range(20)]))
+    monkeypatch.setattr(train, "build_llava", lambda *a, **k: pytest.fail("weights were loaded"))
+    changes = {f"{step}.data": str(tmp_path / "d.json") for step in ("pretrain", "finetune")}
+    with pytest.raises(
+        InputError, match=r"none of the 20 samples has an image \(20 of 20: text has <image> .*first n0"
+    ):
+        pretrain(recipe_from(llava_fields, **changes), tmp_path / "run")
+    changes |= {"pretrain.max_steps": 0}
+    with pytest.raises(InputError, match=r'20 of 20: text has <image> .*\(first n0\); give each of them "image"'):
+        finetune(recipe_from(llava_fields, **changes), tmp_path / "run")
+
+
+def test_a_training_without_any_gradient_stops(llava_fields, tmp_path) -> None:
+    """Here every batch is text, though the JSON holds an image: the loss is computed, the projector gets nothing."""
+    turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a red ball"}]
+    shown = [{"from": "human", "value": "<image>\nwhat?"}, turns[1]]
+    data = [{"id": "shown", "image": "0.png", "conversations": shown}]
+    data += [{"id": str(i), "conversations": turns} for i in range(200)]
+    (tmp_path / "d.json").write_text(json.dumps(data))
+    fields = {"pretrain.data": str(tmp_path / "d.json"), "pretrain.max_steps": 3, "pretrain.save_steps": 2, "seed": 1}
+    with pytest.raises(BadStep, match="zero in all of the first 3 steps, so nothing is learned"):
+        pretrain(recipe_from(llava_fields, **fields), tmp_path / "run")
+    with pytest.raises(BadStep, match="zero in all of the first 3 steps"):  # resumed at step 2
+        pretrain(recipe_from(llava_fields, **fields), tmp_path / "run")
+    assert not (tmp_path / "run" / "llava-pretrain" / "result.json").exists()
 
 
 @pytest.mark.parametrize("rate", [None, 3e-4])
