@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from llava_genhancer.convert.checkpoints import SUFFIXES
 from llava_genhancer.convert.companions import copy_tokenizer
-from llava_genhancer.errors import InputError, reason
+from llava_genhancer.errors import InputError, out_of_memory, reason
 from llava_genhancer.tower.export import PROCESSOR_FILES, find_file
 
 MODELS = {"clip": "CLIPModel", "siglip": "SiglipModel"}
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# Constants that older transformers saved among the weights.
+BUFFERS = re.compile(r"(^|\.)(position_ids|inv_freq|masked_bias|attn\.bias)$")
 
 
 def local(name: str) -> str:
@@ -98,17 +101,43 @@ def load(name: str) -> tuple[Any, Path | None]:
     import transformers
 
     config = read_config(name)
-    try:
-        model, info = getattr(transformers, MODELS[config.model_type]).from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise InputError(f"{name}: its weights cannot be loaded ({reason(error)})") from None
-    missing = sorted(info["missing_keys"]) + sorted(map(str, info.get("mismatched_keys", [])))
-    if missing:
-        raise InputError(f"{name}: {len(missing)} weights are not in its files (first: {missing[0]})")
+    model = load_whole(getattr(transformers, MODELS[config.model_type]), name, name, dtype=torch.float32)
     file = next((f for w in WEIGHTS if (f := find_file(name, w)) is not None), None)
     return model.eval(), Path(file) if file else None
+
+
+def load_whole(cls: Any, path: Any, what: str, *, aside: tuple[str, ...] = (), **options: Any) -> Any:
+    """Return ``cls.from_pretrained(path, **options)`` once every weight of the model comes from the files.
+
+    Args:
+        cls: a model class of transformers.
+        path: folder or hub id; None where ``options`` hold a state dict.
+        what: names the model in messages.
+        aside: beginnings of names in the files that the model need not have a place for.
+
+    Raises:
+        InputError: the files cannot be read, a weight is missing or of another shape, or one has no place.
+    """
+    try:
+        model, info = cls.from_pretrained(path, output_loading_info=True, **options)
+    except (
+        OSError, EOFError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, UnpicklingError,
+    ) as error:  # fmt: skip
+        if out_of_memory(error):
+            raise
+        raise InputError(f"{what}: its weights cannot be loaded ({reason(error)})") from None
+    missing = sorted(info["missing_keys"]) + sorted(map(str, info.get("mismatched_keys", [])))
+    if missing:
+        raise InputError(
+            f"{what}: {len(missing)} weights are not in its files (first: {missing[0]}) and would be random"
+        )
+    left = sorted(k for k in info["unexpected_keys"] if not k.startswith(aside) and not BUFFERS.search(k))
+    if left:
+        raise InputError(
+            f"{what}: its files hold {len(left)} weights (first: {left[0]}) that the {type(model).__name__} of its "
+            "config.json has no place for: config.json and weights do not belong together"
+        )
+    return model
 
 
 def has_processor(name: str) -> bool:

@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import warnings
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -19,6 +20,8 @@ MAX_BYTES = 256_000_000
 MAX_SCANS = 50  # of a progressive JPEG, which has about ten; each costs a pass over all pixels, even an empty one
 MAX_PASSES = 1_000_000_000  # scans times pixels: fifteen scans of the largest picture, fifty of twenty megapixels
 MIN_SIDE = 8
+MAX_PADDED_SIDE = 8000  # of an image that is padded to a square: the square then has MAX_PIXELS at most
+MAX_ASPECT = 32  # of an image whose short edge is resized to the view before the centre is cropped
 _GREY = (np.arange(1 << 16) / 257).round().astype(np.uint8)  # of 16 bits, in 8
 _MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 
@@ -55,6 +58,8 @@ def decode(data: bytes | str | os.PathLike) -> Image.Image:
                 return _to_rgb(image)
     except BadImage:
         raise
+    except MemoryError:
+        raise BadImage("not enough memory for it") from None
     except Image.DecompressionBombError:
         raise BadImage("larger than 64 megapixels") from None
     except Image.UnidentifiedImageError:
@@ -65,6 +70,37 @@ def decode(data: bytes | str | os.PathLike) -> Image.Image:
         raise BadImage("file not readable") from None
     except Exception as error:  # decoders raise anything: struct.error, SyntaxError, KeyError, OSError, ...
         raise BadImage("truncated" if "truncated" in str(error).lower() else "damaged") from None
+
+
+def bounded(image: Image.Image, *, pad: bool, crop: bool) -> Image.Image:
+    """Return ``image`` in a form whose processing takes a bounded amount of memory; ordinary images unchanged.
+
+    An image of 8 x 1 000 000 pixels is small, but the square around it has 10^12 pixels, and with its short edge at 336
+    it has 10^10.
+
+    Args:
+        pad: the image is padded to a square next: one longer than 8 000 pixels is shrunk to half of that.
+        crop: its short edge is resized and its centre cropped next: of one more than 32 times as long as wide, the
+            middle is returned.
+    """
+    width, height = image.size
+    long, short = max(width, height), min(width, height)
+    if pad:
+        if long <= MAX_PADDED_SIDE:
+            return image
+        scale = MAX_PADDED_SIDE / 2 / long
+        return image.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BICUBIC)
+    if crop and long > MAX_ASPECT * short:
+        start = (long - MAX_ASPECT * short) // 2
+        end = start + MAX_ASPECT * short
+        return image.crop((start, 0, end, height) if width > height else (0, start, width, end))
+    return image
+
+
+def bounded_for(image: Image.Image, processor: Any) -> Image.Image:
+    """:func:`bounded` for what an image processor of transformers does with ``image``."""
+    pad, crop = (bool(getattr(processor, name, False)) for name in ("do_pad", "do_center_crop"))
+    return bounded(image, pad=pad, crop=crop)
 
 
 def _read(path: str | os.PathLike) -> bytes:

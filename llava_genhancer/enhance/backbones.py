@@ -12,13 +12,12 @@ import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from llava_genhancer.convert.hf import load_whole
 from llava_genhancer.convert.open_clip import is_open_clip, load_model, read_config, read_folder
 from llava_genhancer.convert.released import tower_folder
 from llava_genhancer.errors import InputError, reason
@@ -162,19 +161,11 @@ def load_full_model(name: str) -> nn.Module:
     path = locate(name)
     if model_type == OPEN_CLIP:
         return load_model(read_folder(path))
-    try:
-        model, info = getattr(transformers, FULL_MODELS[model_type]).from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True, use_safetensors=_safetensors_or_any(path)
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise InputError(f"backbone {name}: weights cannot be loaded ({reason(error)})") from None
-    missing = sorted(info["missing_keys"]) + sorted(map(str, info.get("mismatched_keys", [])))
-    if missing:
-        raise InputError(
-            f"backbone {name}: {len(missing)} weights are not in its files (first: {missing[0]}); a vision-only folder "
-            "cannot be enhanced, give the full two-tower model"
-        )
-    return model
+    # A vision-only folder lacks the text tower; MMVP-VLM needs both.
+    return load_whole(
+        getattr(transformers, FULL_MODELS[model_type]), path, f"backbone {name}", dtype=torch.float32,
+        use_safetensors=_safetensors_or_any(path),
+    )  # fmt: skip
 
 
 def _safetensors_or_any(path: str) -> bool | None:

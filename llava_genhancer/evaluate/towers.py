@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
+from llava_genhancer.convert.hf import load_whole
 from llava_genhancer.convert.open_clip import is_open_clip
 from llava_genhancer.convert.released import tower_folder
 from llava_genhancer.errors import InputError
@@ -74,15 +73,9 @@ def load_tower(name: str, device: str | torch.device | None = None) -> Tower:
     own = CLIP_CONTEXT if config.model_type == "clip" else tokenizer.model_max_length
     max_length = min(own, text.max_position_embeddings)
 
-    try:
-        model, info = getattr(transformers, MODEL_CLASSES[config.model_type]).from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError, EOFError) as error:
-        raise InputError(f"tower {name}: its weights cannot be loaded ({_first_line(error)})") from None
-    missing = sorted(map(str, info["missing_keys"])) + sorted(str(m) for m in info.get("mismatched_keys", ()))
-    if missing:
-        raise InputError(f"tower {name}: {len(missing)} weights are not in its files (first: {missing[0]})")
+    model = load_whole(
+        getattr(transformers, MODEL_CLASSES[config.model_type]), path, f"tower {name}", dtype=torch.float32
+    )
     model = model.eval().requires_grad_(False).to(chosen)
 
     folder = _folder(path)

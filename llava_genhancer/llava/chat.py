@@ -13,12 +13,13 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from llava_genhancer import run
-from llava_genhancer.data.decode import BadImage, decode
+from llava_genhancer.convert.hf import load_whole
+from llava_genhancer.data.decode import BadImage, bounded_for, decode
 from llava_genhancer.errors import InputError
 from llava_genhancer.llava.dataset import load_image_processor
 from llava_genhancer.llava.hf import hf_state, write_hf_companions
 from llava_genhancer.llava.model import load_tower, local
-from llava_genhancer.llava.original import read_llava
+from llava_genhancer.llava.original import read_llava, refuse_lora
 
 
 def chat(
@@ -74,7 +75,7 @@ def answer(
 ) -> str:
     """What the model says next in a conversation about ``image``, greedily."""
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor(images=image, text=text, return_tensors="pt")
+    inputs = processor(images=bounded_for(image, processor.image_processor), text=text, return_tensors="pt")
     inputs = inputs.to(model.device, dtype=model.dtype)
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     return str(processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
@@ -99,6 +100,7 @@ def load_llava(
     from transformers import AutoProcessor, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
     folder = Path(checkpoint)
+    refuse_lora(folder)
     if not (folder / "config.json").is_file():
         raise InputError(
             f"{checkpoint} is not a checkpoint: no config.json there; give a local folder, for instance "
@@ -107,8 +109,8 @@ def load_llava(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if run.read_json(folder / "config.json").get("model_type") == "llava" and any(folder.glob("processor*.json")):
-            model, info = LlavaForConditionalGeneration.from_pretrained(
-                folder, dtype=dtype or "auto", output_loading_info=True, use_safetensors=True
+            model = load_whole(
+                LlavaForConditionalGeneration, folder, str(checkpoint), dtype=dtype or "auto", use_safetensors=True
             )
             processor = AutoProcessor.from_pretrained(folder)
             if tower:
@@ -117,12 +119,13 @@ def load_llava(
             original = read_llava(folder, tower=tower)
             with tempfile.TemporaryDirectory() as small_files:
                 rows = write_hf_companions(original, Path(small_files))
-                model, info = LlavaForConditionalGeneration.from_pretrained(
+                model = load_whole(
+                    LlavaForConditionalGeneration,
                     None,
+                    str(checkpoint),
                     config=LlavaConfig.from_pretrained(small_files),
                     state_dict=hf_state(original, rows),
                     dtype=dtype or original.dtype,
-                    output_loading_info=True,
                 )
                 model.generation_config = GenerationConfig.from_pretrained(small_files)
                 processor = AutoProcessor.from_pretrained(small_files)
@@ -130,8 +133,6 @@ def load_llava(
         if isinstance(error, InputError):
             raise
         raise InputError(f"{checkpoint} cannot be loaded: {str(error).splitlines()[0]}") from None
-    if info["missing_keys"]:
-        raise InputError(f"{checkpoint}: weights are missing (first: {sorted(info['missing_keys'])[0]})")
     try:
         return model.to(device).eval(), processor
     except (RuntimeError, AssertionError) as error:  # torch's ways to say that there is no such device

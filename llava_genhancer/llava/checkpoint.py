@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +12,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llava_genhancer import run
-from llava_genhancer.errors import InputError
+from llava_genhancer.errors import InputError, reason
 from llava_genhancer.llava.conversation import stop_token_ids
 from llava_genhancer.llava.model import local, read_config
 from llava_genhancer.llava.tokenizer import load_tokenizer
 from llava_genhancer.tower.export import find_file
 
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SHARD_BYTES = 5_000_000_000
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
@@ -104,19 +109,107 @@ def write_shards(state: Mapping[str, Tensor], folder: Path) -> None:
 def read_shards(folder: Path) -> dict[str, Tensor]:
     """All weights of a folder, safetensors where there are some, else ``.bin`` files read as weights only.
 
+    An index names the files and what is in each; without one, names such as ``model-00001-of-00002`` are counted.
+
     Raises:
-        InputError: none there, or damaged ones.
+        InputError: none there, damaged ones, or not all of them.
     """
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    index = next((folder / n for n in INDEXES if (folder / n).is_file()), None)
+    where: dict[str, str] = {}
+    if index is not None:
+        where = run.read_json(index).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+            raise InputError(f"{index} is no index of weights: weight_map must name a file for each weight")
+        files = [folder / name for name in sorted(set(where.values()))]
+    else:
+        found = {p for pattern in ("model*.safetensors", "pytorch_model*.bin") for p in folder.glob(pattern)}
+        files = sorted(p for p in found if p.suffix == ".safetensors") or sorted(found)
+        parts = [re.fullmatch(r"(.*-)(\d+)-of-(\d+)(\..*)", p.name) for p in files]
+        for part in filter(None, parts):
+            files += [folder / f"{part[1]}{i + 1:0{len(part[2])}}-of-{part[3]}{part[4]}" for i in range(int(part[3]))]
+        files = sorted(set(files))
     if not files:
-        raise InputError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin)")
+        raise InputError(f"{folder} holds no weights (model*.safetensors or pytorch_model*.bin)")
+    if missing := [file.name for file in files if not file.is_file() or file.parent != folder]:
+        raise InputError(f"{folder}: {len(missing)} of {len(files)} weight files are missing (first: {missing[0]})")
     state: dict[str, Tensor] = {}
     for file in files:
-        try:
-            if file.suffix == ".safetensors":
-                state |= load_file(file)
-            else:
-                state |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # each reader has its own exceptions for damage
-            raise InputError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+        state |= read_weights(file)
+    if absent := sorted(where.keys() - state.keys()):
+        raise InputError(f"{folder}: {absent[0]} is not in {where[absent[0]]}, where {index.name} names it")  # type: ignore[union-attr]
     return state
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a weight file by name.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return dict(load_file(file))
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # each reader has its own exceptions for damage
+        raise InputError(f"{file} cannot be read: {reason(error)}") from None
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{file} holds something else than named weights")
+    return dict(state)
+
+
+def check_weights(checkpoint: Checkpoint, source: str | os.PathLike) -> None:
+    """Compare names, shapes and types of a checkpoint's weights with what its configurations say.
+
+    Args:
+        source: names the checkpoint in messages.
+
+    Raises:
+        InputError: a weight is missing, has no place, or has another shape or type, with the first such weight.
+    """
+    with torch.device("meta"):
+        config = language_config(checkpoint.llm_config, source)
+        language = AutoModelForCausalLM.from_config(config)
+        hidden = vision_config(checkpoint.tower)["hidden_size"]
+        projector = {
+            "linear_1.weight": (config.hidden_size, hidden), "linear_1.bias": (config.hidden_size,),
+            "linear_2.weight": (config.hidden_size, config.hidden_size), "linear_2.bias": (config.hidden_size,),
+        }  # fmt: skip
+    shapes = {name: tuple(p.shape) for name, p in language.named_parameters()}  # tied weights once
+    shapes |= {name: tuple(b.shape) for name, b in language.named_buffers() if name in language.state_dict()}
+    for part, have, expected in (
+        ("projector", checkpoint.projector, projector),
+        ("language model", checkpoint.language, shapes),
+    ):
+        if absent := sorted(expected.keys() - have.keys()):
+            what = "no projector" if not have else f"{len(absent)} weights of the {part} missing (first: {absent[0]})"
+            raise InputError(f"{source} cannot be used: {what}")
+        if left := sorted(have.keys() - expected.keys()):
+            raise InputError(
+                f"{source} cannot be used: {len(left)} weights of the {part} (first: {left[0]}) have no place in the "
+                "model of config.json"
+            )
+        for name, value in have.items():
+            if tuple(value.shape) != tuple(expected[name]):
+                empty = ": an empty tensor is what ZeRO-3 leaves where weights were not gathered, so save them with "
+                raise InputError(
+                    f"{source} cannot be used: {name} of the {part} is {tuple(value.shape)}, expected "
+                    f"{tuple(expected[name])} by the configurations of language model and tower"
+                    + (f"{empty}zero_to_fp32.py" if not value.numel() else "")
+                )
+            if value.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                raise InputError(
+                    f"{source} cannot be used: {name} of the {part} is {value.dtype}, expected float32, float16 or "
+                    "bfloat16: save it without quantisation"
+                )
+
+
+def language_config(config: Mapping[str, Any], source: str | os.PathLike) -> Any:
+    """The language model's ``config.json`` as transformers' class, with the defaults of its ``model_type``.
+
+    Raises:
+        InputError: transformers does not take a value in it.
+    """
+    try:
+        return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    except Exception as error:  # a config may hold anything, and its class then raises anything
+        raise InputError(f"{source}: config.json of the language model cannot be used ({reason(error)})") from None

@@ -16,7 +16,7 @@ from torch import Tensor
 from llava_genhancer import run
 from llava_genhancer.engine import read_trained, stage_result
 from llava_genhancer.errors import InputError
-from llava_genhancer.llava.checkpoint import Checkpoint, raw_config
+from llava_genhancer.llava.checkpoint import Checkpoint, check_weights, raw_config
 from llava_genhancer.llava.hf import write_hf
 from llava_genhancer.llava.model import load_llm, read_config
 from llava_genhancer.llava.original import ORIGINAL, read_llava, write_llava, write_llava_projector
@@ -67,8 +67,11 @@ def collect(recipe: LlavaRecipe, step: str, weights: Path) -> Checkpoint:
     language = part["language_model."]
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     if step == "finetune" and recipe.lora_rank:
-        language = merge_lora(load_llm(recipe.llm, dtype).state_dict(), language, recipe.lora_alpha / recipe.lora_rank)
-    return Checkpoint(
+        base = dict(
+            load_llm(recipe.llm, dtype).named_parameters()
+        )  # tied weights once, as a full finetuning names them
+        language = merge_lora(base, language, recipe.lora_alpha / recipe.lora_rank)
+    checkpoint = Checkpoint(
         llm_config=raw_config(recipe.llm),
         companions=recipe.llm,
         tower=recipe.tower,
@@ -79,6 +82,9 @@ def collect(recipe: LlavaRecipe, step: str, weights: Path) -> Checkpoint:
         vision_feature_layer=recipe.vision_feature_layer,
         dtype=dtype,
     )
+    if step == "finetune":
+        check_weights(checkpoint, weights)
+    return checkpoint
 
 
 def merge_lora(base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:

@@ -1,4 +1,8 @@
-"""The form of LlavaForConditionalGeneration, for transformers 4.37.2 and 5.x: weights, processor, chat template.
+"""The form of LlavaForConditionalGeneration: weights, tokenizer, processor, chat template.
+
+Weights and tokenizer load in transformers 4.37.2 and later, 5.x included. The processor needs 4.50 or later: only
+LlavaImageProcessor, which is not in earlier ones, pads images to a square as LLaVA-1.5's finetuning does. The earlier
+ones would have to take CLIPImageProcessor, which would crop or distort them in silence.
 
 The vocabulary gets one row for ``<image>`` and is padded to a multiple of 64; no generation ever emits the new rows.
 Keys carry the ``vision_model.`` that transformers 5 would leave out and old readers need.
@@ -11,13 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llava_genhancer import run
-from llava_genhancer.llava.checkpoint import Checkpoint, generation_config, vision_config, write_shards
+from llava_genhancer.llava.checkpoint import Checkpoint, generation_config, language_config, vision_config, write_shards
 from llava_genhancer.llava.conversation import chat_template, get_template
 from llava_genhancer.llava.dataset import load_image_processor
 from llava_genhancer.llava.model import SELECT_STRATEGY, load_tower, local
 from llava_genhancer.llava.tokenizer import save_hf_tokenizer
+
+# Where the language model came from, how it was stored, and code beside it: none of it holds for the whole LLaVA.
+NOT_EXPORTED = ("_name_or_path", "auto_map", "dtype", "quantization_config", "transformers_version")
 
 
 def write_hf(checkpoint: Checkpoint, folder: Path) -> None:
@@ -37,6 +45,12 @@ def write_hf_companions(checkpoint: Checkpoint, folder: Path) -> int:
     image_id = save_hf_tokenizer(checkpoint.companions, folder, get_template(checkpoint.conversation))
     words = checkpoint.llm_config["vocab_size"]
     rows = max(words, -(-(image_id + 1) // 64) * 64)
+    dtype = str(checkpoint.dtype).removeprefix("torch.")
+    model_type = checkpoint.llm_config["model_type"]
+    tied = bool(language_config(checkpoint.llm_config, checkpoint.companions).tie_word_embeddings)
+    # vLLM and others choose the language model's class by its architectures.
+    text = {k: v for k, v in checkpoint.llm_config.items() if k not in NOT_EXPORTED}
+    text["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
     run.write_json(
         folder / "config.json",
         {
@@ -48,9 +62,9 @@ def write_hf_companions(checkpoint: Checkpoint, folder: Path) -> int:
             "vision_feature_layer": checkpoint.vision_feature_layer,
             "vision_feature_select_strategy": strategy,
             "ignore_index": -100,
-            "tie_word_embeddings": bool(checkpoint.llm_config.get("tie_word_embeddings", False)),
-            "torch_dtype": str(checkpoint.dtype).removeprefix("torch."),
-            "text_config": {**checkpoint.llm_config, "vocab_size": rows},
+            "tie_word_embeddings": tied,
+            "torch_dtype": dtype,
+            "text_config": {**text, "vocab_size": rows, "tie_word_embeddings": tied, "torch_dtype": dtype},
             "vision_config": vision,
             "vocab_size": rows,
         },

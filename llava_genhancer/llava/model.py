@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import LlavaConfig
 
+from llava_genhancer.convert.hf import load_whole
 from llava_genhancer.convert.open_clip import is_open_clip
 from llava_genhancer.convert.released import tower_folder
 from llava_genhancer.errors import InputError
@@ -31,6 +31,9 @@ from llava_genhancer.toyworld.paths import resolve
 LLM_FAMILY = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 # Of a tower's tokens the language model sees the patches: CLIP puts a CLS in front of them, SigLIP has none.
 SELECT_STRATEGY = {"clip": "default", "siglip": "full"}
+
+# What a whole CLIP or SigLIP has beside its vision half.
+NOT_VISION = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
 
 
 class Llava(nn.Module):
@@ -276,7 +279,7 @@ def load_llm(name: str, dtype: torch.dtype, attention: str = "sdpa") -> nn.Modul
     """
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, name, "llm", dtype, attn_implementation=attention)
+    return load_whole(AutoModelForCausalLM, local(name), f"llm {name}", dtype=dtype, attn_implementation=attention)
 
 
 def load_tower(name: str, dtype: torch.dtype) -> nn.Module:
@@ -291,17 +294,4 @@ def load_tower(name: str, dtype: torch.dtype) -> nn.Module:
     if is_tower(local(name)):
         verify_tower(local(name))
     cls = {"clip": transformers.CLIPVisionModel, "siglip": transformers.SiglipVisionModel}[kind]
-    return _load(cls, name, "tower", dtype).eval()
-
-
-def _load(cls: Any, name: str, what: str, dtype: torch.dtype, **kwargs: Any) -> Any:
-    try:
-        model, info = cls.from_pretrained(local(name), dtype=dtype, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise InputError(f"{what} {name}: weights cannot be loaded ({str(error).splitlines()[0]})") from None
-    missing = sorted(info["missing_keys"]) + sorted(map(str, info.get("mismatched_keys", [])))
-    if missing:
-        raise InputError(
-            f"{what} {name}: {len(missing)} weights are not in its files and would be random (first: {missing[0]})"
-        )
-    return model
+    return load_whole(cls, local(name), f"tower {name}", aside=NOT_VISION, dtype=dtype).eval()

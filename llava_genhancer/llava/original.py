@@ -7,15 +7,27 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llava_genhancer import run
+from llava_genhancer.convert.hf import BUFFERS
 from llava_genhancer.errors import InputError
-from llava_genhancer.llava.checkpoint import Checkpoint, generation_config, read_shards, vision_config, write_shards
+from llava_genhancer.llava.checkpoint import (
+    Checkpoint,
+    check_weights,
+    generation_config,
+    language_config,
+    read_shards,
+    read_weights,
+    vision_config,
+    write_shards,
+)
 from llava_genhancer.llava.model import local
 from llava_genhancer.tower.export import TOKENIZER_FILES, find_file
 
@@ -26,6 +38,14 @@ ORIGINAL = {
     "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
 }
 PROJECTOR = {"linear_1": "model.mm_projector.0", "linear_2": "model.mm_projector.2"}
+BACK = {original: ours for ours, original in PROJECTOR.items()}
+# What LLaVA-1.5's checkpoints may say; the first is what an absent key means.
+READ_AS: dict[str, tuple[str | None, ...]] = {
+    "mm_vision_select_feature": ("patch",),
+    "mm_patch_merge_type": ("flat", None),
+    "image_aspect_ratio": ("square", "pad", None),
+}
+LORA_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin")
 
 
 def write_llava(checkpoint: Checkpoint, folder: Path) -> None:
@@ -93,10 +113,14 @@ def read_llava(folder: str | os.PathLike, *, tower: str | None = None, conversat
         conversation: the template of its prompts; if absent the one that our export named, else LLaVA-1.5's ``v1``.
 
     Raises:
-        InputError: not such a checkpoint, or one with a projector or image tokens other than LLaVA-1.5's.
+        InputError: not such a checkpoint, one with a projector or image tokens other than LLaVA-1.5's, or one whose
+            weights are not those of its configuration.
     """
     folder = Path(folder)
+    refuse_lora(folder)
     config = run.read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / 'config.json'} must be an object")
     kinds = {original: kind for kind, (original, _) in ORIGINAL.items()} | {"llava": "llama"}
     if config.get("model_type") not in kinds or config.get("mm_projector_type") != "mlp2x_gelu":
         raise InputError(
@@ -105,25 +129,90 @@ def read_llava(folder: str | os.PathLike, *, tower: str | None = None, conversat
         )
     if config.get("mm_use_im_start_end") or config.get("mm_use_im_patch_token"):
         raise InputError(f"{folder} frames its images with tokens of its own (mm_use_im_start_end): not supported")
-    state = read_shards(folder)
-    back = {original: ours for ours, original in PROJECTOR.items()}
+    for key, values in READ_AS.items():
+        if config.get(key, values[0]) not in values:
+            raise InputError(f"{folder}: config.json has {key} {config[key]!r}, which LLaVA-1.5 has not: not supported")
+    layer = config.get("mm_vision_select_layer")
+    tower = tower or config.get("mm_vision_tower")
+    if not isinstance(layer, int) or not isinstance(tower, str):
+        raise InputError(
+            f"{folder}: config.json must have mm_vision_select_layer, a number, and mm_vision_tower, a path"
+        )
+    projector_file = folder / "mm_projector.bin"
+    try:
+        state = read_shards(folder)
+    except InputError as error:
+        if projector_file.is_file() and "holds no weights" in str(error):
+            raise InputError(
+                f"{folder} is what a pretraining leaves, a projector without its language model: finetune from it first"
+            ) from None
+        raise
+    if projector_file.is_file() and not any(_module(name) in BACK for name in state):
+        state |= read_weights(projector_file)
     projector, language = {}, {}
     for name, value in state.items():
-        module, _, kind = name.rpartition(".")
-        if module in back:
-            projector[f"{back[module]}.{kind}"] = value
-        elif ".vision_tower." not in name:  # the original code reads the tower from its own folder, and so do we
+        module, kind = _module(name), name.rpartition(".")[2]
+        if module in BACK:
+            projector[f"{BACK[module]}.{kind}"] = value
+        elif ".vision_tower." in name or BUFFERS.search(name):
+            continue  # the original code reads the tower from its own folder, and so do we
+        else:
             language[name] = value
-    ours = ("mm_", "image_aspect_ratio", "use_mm_proj", "tune_mm", "freeze_mm", "tokenizer_", "image_", "unfreeze_mm")
-    return Checkpoint(
-        llm_config={k: v for k, v in config.items() if not k.startswith(ours)}
-        | {"model_type": kinds[config["model_type"]]},
+    kind = kinds[config["model_type"]]
+    llm_config = {k: v for k, v in config.items() if k in _language_keys(kind)} | {"model_type": kind}
+    if language_config(llm_config, folder).tie_word_embeddings and "lm_head.weight" in language:
+        head = language.pop("lm_head.weight")
+        if not torch.equal(head, language.get("model.embed_tokens.weight", head)):
+            raise InputError(
+                f"{folder}: config.json ties the embeddings (tie_word_embeddings), but lm_head.weight and "
+                "model.embed_tokens.weight differ: one of both is wrong"
+            )
+    sizes = Counter[torch.dtype]()
+    for value in language.values():
+        sizes[value.dtype] += value.numel()
+    checkpoint = Checkpoint(
+        llm_config=llm_config,
         companions=str(folder),
-        tower=tower or config["mm_vision_tower"],
+        tower=tower,
         language=language,
         projector=projector,
         conversation=conversation or config.get("mm_conversation", "v1"),
         image_mode="pad" if config.get("image_aspect_ratio") == "pad" else "square",
-        vision_feature_layer=config["mm_vision_select_layer"],
-        dtype=next(iter(language.values())).dtype,
+        vision_feature_layer=layer,
+        dtype=sizes.most_common(1)[0][0] if sizes else torch.float32,
     )
+    check_weights(checkpoint, folder)
+    return checkpoint
+
+
+def refuse_lora(folder: Path) -> None:
+    """Refuse a LoRA training's folder, whose weights are only differences from a language model.
+
+    Raises:
+        InputError: it is one, with the command that merges it.
+    """
+    found = next((folder / n for n in LORA_FILES if (folder / n).is_file()), None)
+    if found is None:
+        return
+    settings = folder / "adapter_config.json"
+    base = (run.read_json(settings).get("base_model_name_or_path") if settings.is_file() else None) or "LANGUAGE_MODEL"
+    raise InputError(
+        f"{folder} is a LoRA training's folder ({found.name} is there): merge it with the original LLaVA's code first, "
+        f"python scripts/merge_lora_weights.py --model-path {folder} --model-base {base} --save-model-path MERGED"
+    )
+
+
+def _module(name: str) -> str:
+    """A projector's layer as the original names it; ``mm_projector.bin`` of some forks leaves out ``model.``"""
+    module = name.rpartition(".")[0]
+    return f"model.{module}" if module.startswith("mm_projector.") else module
+
+
+def _language_keys(model_type: str) -> set[str]:
+    """The keys of a language model's ``config.json`` that are its own, not the original LLaVA's additions."""
+    known = set(CONFIG_MAPPING[model_type]().to_dict())
+    return (known | {"rope_theta", "rope_scaling", "head_dim"}) - {
+        "_name_or_path",
+        "architectures",
+        "transformers_version",
+    }

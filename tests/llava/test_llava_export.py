@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_llama import write_llama
 
 from llava_genhancer import cli, engine, recipes, run
@@ -258,6 +258,49 @@ def test_lora_is_merged(llava_fields, tmp_path) -> None:
     assert (ours.logits(ids, pixels) - expected).abs().max() > 1e-2, "the adapters do something"
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "smollm3"])
+@pytest.mark.parametrize("lora", [0, 4])
+def test_tied_embeddings_are_trained_exported_and_read_back(
+    llava_fields, llava_data, tmp_path, model_type, lora
+) -> None:
+    """Llama-3.2-1B's, Qwen2-0.5B's and SmolLM's kind, whole or by LoRA: stopped, resumed, the same greedy tokens."""
+    llm = write_llama(tmp_path / "llm", model_type=model_type, tied=True)
+    if model_type == "smollm3":  # tied by its class's default
+        config = run.read_json(llm / "config.json")
+        config.pop("tie_word_embeddings", None)
+        run.write_json(llm / "config.json", config)
+    changes = {"llm": str(llm), "lora_rank": lora, "lora_alpha": 8.0, "finetune.save_steps": 1}
+    recipe, folder = train_run(llava_fields, tmp_path / "run", **changes)
+    weights = (folder / "weights.safetensors").read_bytes()
+    for gone in ("result.json", "weights.safetensors"):
+        (folder / gone).unlink()
+    shutil.rmtree(folder / "checkpoint-2")
+    shutil.rmtree(folder / "hf")
+    finetune(recipe, folder.parent)  # from checkpoint-1
+    assert (folder / "weights.safetensors").read_bytes() == weights
+
+    ours, ids = trained_model(recipe, folder), prompt(recipe)
+    assert not any("lm_head" in n for n in load_file(folder / "weights.safetensors"))
+    forms = ["hf"] if model_type == "smollm3" else ["hf", "llava"]
+    import_from = folder / forms[-1]
+    if "llava" in forms:
+        import_llava(import_from, tmp_path / "imported")
+    for path in [folder / form for form in forms] + ([tmp_path / "imported"] if "llava" in forms else []):
+        assert not any("lm_head" in n for n in load_file(path / "model.safetensors"))
+        model, processor = load_llava(path)
+        assert model.config.tie_word_embeddings
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
+        text = processor.apply_chat_template([message], add_generation_prompt=True)
+        inputs = processor(images=picture(llava_data), text=text, return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**inputs).logits
+            expected = ours.logits(ids, inputs["pixel_values"])
+        assert torch.allclose(logits[..., :WORDS], expected, atol=5e-5)
+        said = ours.generate(ids, inputs["pixel_values"], do_sample=False, max_new_tokens=12)
+        got = model.generate(**inputs, do_sample=False, max_new_tokens=12)[:, ids.shape[1] :]
+        assert torch.equal(got, said)
+
+
 def test_a_bf16_siglip_llava_with_tied_embeddings(llava_fields, tmp_path) -> None:
     from llava_genhancer.toyworld.models import save_siglip
 
@@ -295,9 +338,148 @@ def test_import_is_the_way_back(trained, tmp_path, capsys) -> None:
     )
     assert ours == theirs
     again, first = (run.read_json(d / "config.json") for d in (tmp_path / "hf", folder / "hf"))
-    ours, theirs = (config.pop("text_config") for config in (again, first))
-    assert {k for k in theirs if theirs[k] != ours[k]} == {"architectures"}  # the original's own class
     assert first == again
+    assert first["text_config"]["architectures"] == ["LlamaForCausalLM"]
+
+
+def as_imported(folder: Path, target: Path, **config) -> tuple[Path, dict]:
+    """A copy of an original checkpoint without its weights, and the weights."""
+    shutil.copytree(folder / "llava", target)
+    state = load_file(target / "model.safetensors")
+    for name in ("model.safetensors", "complete.json"):
+        (target / name).unlink()
+    run.write_json(target / "config.json", {**run.read_json(target / "config.json"), **config})
+    return target, state
+
+
+def test_what_others_resolve_by_is_the_language_models_own(trained, tmp_path) -> None:
+    """vLLM takes the class from text_config.architectures; nothing of the original's form may be left there."""
+    _, folder = trained
+    extra = {
+        "mm_tunable_parts": "mm_mlp", "image_grid_pinpoints": [], "tokenizer_model_max_length": 2048,
+        "auto_map": {"a": "b"}, "_name_or_path": "/somebody/llava", "vision_tower_pretrained": None,
+        "torch_dtype": "float16",
+    }  # fmt: skip
+    source, state = as_imported(folder, tmp_path / "llava", **extra)
+    torch.save(state, source / "pytorch_model.bin")
+    import_llava(source, tmp_path / "hf")
+    for written in (tmp_path / "hf", folder / "hf"):
+        config = run.read_json(written / "config.json")
+        text = config["text_config"]
+        assert (text["architectures"], text["model_type"]) == (["LlamaForCausalLM"], "llama")
+        assert (text["torch_dtype"], config["torch_dtype"]) == ("float32", "float32")
+        assert text["rope_theta"] == 500.0
+        assert not [k for k in text if k.startswith(("mm_", "image_", "tokenizer_", "use_mm", "tune_mm", "freeze_mm"))]
+        assert not text.keys() & (extra.keys() - {"torch_dtype"})
+
+
+def lora_folder(source: Path, state: dict) -> None:
+    torch.save({}, source / "non_lora_trainables.bin")
+    run.write_json(source / "adapter_config.json", {"base_model_name_or_path": "lmsys/vicuna-7b-v1.5"})
+    torch.save({}, source / "adapter_model.bin")
+
+
+def one_shard_lost(source: Path, state: dict) -> None:
+    names = sorted(state)
+    torch.save({n: state[n] for n in names[5:]}, source / "pytorch_model-00002-of-00002.bin")
+
+
+def index_names_more(source: Path, state: dict) -> None:
+    half = {n: state[n] for n in sorted(state)[:5]}
+    save_file(half, source / "model-00001-of-00002.safetensors")
+    run.write_json(
+        source / "model.safetensors.index.json",
+        {"weight_map": {n: f"model-0000{1 + (n not in half)}-of-00002.safetensors" for n in state}},
+    )
+
+
+def without(*words: str, empty: bool = False):
+    def write(source: Path, state: dict) -> None:
+        hit = {n for n in state if any(w in n for w in words)}
+        kept = {n: v for n, v in state.items() if n not in hit}
+        save_file(kept | ({n: state[n].new_empty(0) for n in hit} if empty else {}), source / "model.safetensors")
+
+    return write
+
+
+def changed(name: str, change):
+    return lambda source, state: save_file(state | {name: change(state[name])}, source / "model.safetensors")
+
+
+BROKEN = {
+    "LoRA": (lora_folder, {}, r"is a LoRA training's folder .*merge_lora_weights.py .* --model-base lmsys/vicuna"),
+    "no projector": (without("mm_projector"), {}, "no projector"),
+    "half a projector": (without("mm_projector.2"), {}, r"2 weights of the projector missing \(first: linear_2.bias\)"),
+    "projector alone": (
+        lambda f, s: torch.save({n: v for n, v in s.items() if "mm_proj" in n}, f / "mm_projector.bin"), {},
+        "a projector without its language model",
+    ),
+    "a shard lost": (one_shard_lost, {}, "1 of 2 weight files are missing .*pytorch_model-00001-of-00002.bin"),
+    "a shard lost, index": (index_names_more, {}, "1 of 2 weight files are missing .*model-00002-of-00002.safetensors"),
+    "empty projector": (without("mm_projector", empty=True), {}, r"linear_\d.* is \(0,\).*zero_to_fp32"),
+    "all empty": (without("", empty=True), {}, r"is \(0,\), expected"),
+    "a layer lost": (without("layers.1."), {}, "9 weights of the language model missing .*layers.1."),
+    "more layers than said": (without("nothing"), {"num_hidden_layers": 1}, "9 weights .* no place"),
+    "another vocabulary": (without("nothing"), {"vocab_size": 390}, r"is \(380, 32\), expected \(390, 32\)"),
+    "another projector": (
+        changed("model.mm_projector.0.weight", lambda v: v[:, :5].clone()), {}, r"is \(32, 5\), expected \(32, 32\)",
+    ),
+    "integers": (changed("lm_head.weight", lambda v: v.to(torch.int8)), {}, "lm_head.weight .*torch.int8, expected"),
+    "an untied head": (without("nothing"), {"tie_word_embeddings": True}, "ties the embeddings .* differ"),
+    "no weights": (lambda f, s: None, {}, "holds no weights"),
+    "anyres": (without("nothing"), {"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres'"),
+    "CLS": (without("nothing"), {"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature 'cls_patch'"),
+    "no tower": (without("nothing"), {"mm_vision_tower": None}, "must have .*mm_vision_tower"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_checkpoint_that_is_not_whole_is_never_imported(trained, llava_data, tmp_path, capsys, case) -> None:
+    """One line each, in import and chat."""
+    write, config, words = BROKEN[case]
+    source, state = as_imported(trained[1], tmp_path / "llava", **config)
+    write(source, state)
+    with pytest.raises(InputError, match=words):
+        import_llava(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match=words):
+        load_llava(source)
+
+
+def test_a_projector_in_a_file_of_its_own_and_mixed_types(trained, tmp_path) -> None:
+    """Language model in bf16 shards with RoPE's old buffers, projector in fp32 beside them, named without model."""
+    _, folder = trained
+    source, state = as_imported(folder, tmp_path / "llava")
+    projector = {n: v for n, v in state.items() if "mm_projector" in n}
+    torch.save({n.removeprefix("model."): v for n, v in projector.items()}, source / "mm_projector.bin")
+    language = {n: v if "norm" in n else v.bfloat16() for n, v in state.items() if n not in projector}
+    language["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    names = sorted(language)
+    parts = [{n: language[n] for n in names[:7]}, {n: language[n] for n in names[7:]}]
+    files = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    for file, part in zip(files, parts, strict=True):
+        torch.save(part, source / file)
+    where = {n: file for file, part in zip(files, parts, strict=True) for n in part}
+    run.write_json(source / "pytorch_model.bin.index.json", {"weight_map": where})
+    import_llava(source, tmp_path / "hf")
+    ours, theirs = (load_file(d / "model.safetensors") for d in (tmp_path / "hf", folder / "hf"))
+    assert ours.keys() == theirs.keys()
+    assert {v.dtype for v in ours.values()} == {torch.bfloat16}
+    assert all(torch.equal(ours[n], theirs[n].bfloat16()) for n in ours)
+
+
+def test_an_hf_folder_whose_weights_do_not_fit_is_one_line(trained, tmp_path) -> None:
+    _, folder = trained
+    shutil.copytree(folder / "hf", tmp_path / "hf")
+    state = load_file(tmp_path / "hf" / "model.safetensors")
+    name = "multi_modal_projector.linear_1.weight"
+    for change, words in (
+        ({name: state[name].new_empty(0)}, "multi_modal_projector.linear_1.weight|mismatch"),
+        ({"language_model.model.layers.2.mlp.up_proj.weight": state[name].clone()}, "has no place for|have no place"),
+    ):
+        save_file(state | change, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(InputError, match=words):
+            load_llava(tmp_path / "hf")
 
 
 def test_released_checkpoints_have_shards_and_a_tower_inside(trained, tmp_path, tiny_clip) -> None:
