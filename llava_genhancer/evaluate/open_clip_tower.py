@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava_genhancer.convert.open_clip import OpenClipSource, load_model, read_folder
+from llava_genhancer.data.decode import bounded
 from llava_genhancer.errors import InputError, reason
 from llava_genhancer.evaluate.tower import Tower, exact_fp32, marker_facts
 from llava_genhancer.run import sha256
@@ -77,4 +78,7 @@ def _transform(source: OpenClipSource) -> Any:
     from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 
     preprocess = merge_preprocess_dict(PreprocessCfg(), {**source.preprocess_cfg, "size": source.image_size})
-    return image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+    transform = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+    if preprocess["resize_mode"] != "shortest":
+        return transform
+    return lambda image: transform(bounded(image, pad=False, crop=True))

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from llava_genhancer.data.decode import bounded_for
 from llava_genhancer.evaluate.paper import BACKBONES, SUFFIXES, Backbone, find_backbone
 from llava_genhancer.method import method_name, read_fields
 from llava_genhancer.recipes import get_recipe, to_dict
@@ -59,6 +60,7 @@ class Tower:
 
     def images(self, images: list[Image.Image]) -> dict[str, Tensor]:
         """RGB images as the model's inputs: pixel_values, and NaFlex's patch mask and shapes where it has them."""
+        images = [bounded_for(image, self.image_processor) for image in images]
         return {k: v.to(self.device) for k, v in self.image_processor(images=images, return_tensors="pt").items()}
 
     def texts(self, texts: list[str]) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from llava_genhancer.data.decode import BadImage, decode
-from llava_genhancer.errors import InputError
+from llava_genhancer.data.decode import BadImage, bounded, decode
+from llava_genhancer.errors import InputError, out_of_memory
 from llava_genhancer.llava.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode
 from llava_genhancer.llava.samples import BadSample, Sample, Samples
 
@@ -50,10 +50,20 @@ class ImageView:
         self.background = tuple(int(value * 255) for value in processor.image_mean)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """An RGB image to normalised float32 (3, H, W)."""
-        if self.mode == "pad":
-            image = pad_to_square(image, self.background)
-        return torch.from_numpy(np.asarray(self.processor(image, return_tensors="np")["pixel_values"][0]))
+        """Return an RGB image as normalised float32 (3, H, W).
+
+        Raises:
+            BadImage: there is not enough memory for it.
+        """
+        try:
+            image = bounded(image, pad=self.mode == "pad", crop=bool(getattr(self.processor, "do_center_crop", False)))
+            if self.mode == "pad":
+                image = pad_to_square(image, self.background)
+            return torch.from_numpy(np.asarray(self.processor(image, return_tensors="np")["pixel_values"][0]))
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise BadImage("not enough memory for it") from None
 
 
 def pad_to_square(image: Image.Image, background: tuple[int, ...]) -> Image.Image:

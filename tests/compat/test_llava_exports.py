@@ -11,11 +11,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_llama import write_llama
 
-from llava_genhancer import recipes, run
+from llava_genhancer import recipes
 from llava_genhancer.llava.chat import load_llava
 from llava_genhancer.llava.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Turn, encode_prompt
-from llava_genhancer.llava.export import export_step, import_llava
+from llava_genhancer.llava.export import collect, import_llava
+from llava_genhancer.llava.hf import write_hf
 from llava_genhancer.llava.model import Llava, build_llava
+from llava_genhancer.llava.original import write_llava
 from llava_genhancer.llava.recipes import LlavaRecipe
 from llava_genhancer.llava.tokenizer import load_tokenizer
 
@@ -56,15 +58,16 @@ def batches() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
 
 
 def exported(folder: Path, llm: Path, tower: Path) -> tuple[LlavaRecipe, Llava]:
-    """A LLaVA with a random projector, exported as a finished finetune would be."""
+    """A LLaVA with a random projector, both forms written from its trained weights."""
     fields = {"llm": str(llm), "tower": str(tower), "precision": "fp32"}
     recipe = recipes.override(LlavaRecipe(name="test"), fields)
     model = build_llava(recipe, "finetune").eval()
     state = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     save_file(state, folder / "weights.safetensors")
-    size = (folder / "weights.safetensors").stat().st_size
-    run.write_json(folder / "result.json", {"weights_bytes": size, "weights_sha256": "as written"})
-    export_step(recipe, "finetune", folder)
+    checkpoint = collect(recipe, "finetune", folder / "weights.safetensors")
+    for name, write in (("hf", write_hf), ("llava", write_llava)):
+        (folder / name).mkdir()
+        write(checkpoint, folder / name)
     return recipe, model
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from slow_llama import write_tokenizer
 
 from llava_genhancer.data import entries
+from llava_genhancer.data.decode import bounded
 from llava_genhancer.errors import InputError
 from llava_genhancer.llava.batches import LlavaLoader, global_batches, group_by_modality
 from llava_genhancer.llava.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, Turn, encode
@@ -282,6 +284,63 @@ def test_view(tiny_clip: Path) -> None:
     assert torch.allclose(seen[:, 16, [2, 16, 29]], torch.tensor([0.0, 1.0, 0.0]).expand(3, 3), atol=0.02)
     background = torch.tensor([int(255 * m) / 255 for m in processor.image_mean])
     assert torch.allclose(seen[:, 0, 0], background, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["pad", "square"])
+@pytest.mark.parametrize("size", [(8, 1_000_000), (1_000_000, 8), (1080, 30_000)])
+def test_a_very_long_image_takes_bounded_memory(tiny_clip: Path, mode: Any, size: tuple[int, int]) -> None:
+    """Padded to a square as it is, it would take gigabytes or terabytes; the views are those of a smaller likeness."""
+    processor = load_image_processor(str(tiny_clip))
+    image = Image.new("RGB", size, (200, 30, 30))
+    tracemalloc.start()
+    view = ImageView(processor, mode)(image)
+    peak = tracemalloc.get_traced_memory()[1]  # numpy's share of it, where the square was twelve times as large
+    tracemalloc.stop()
+    assert peak < 400e6
+    width, height = (max(1, round(side * 4000 / max(size))) for side in size)
+    likeness = Image.new("RGB", (width, height), (200, 30, 30))
+    assert torch.allclose(view, ImageView(processor, mode)(likeness), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(8000, 20), (20, 8000), (320, 10), (1000, 700)])
+def test_ordinary_images_are_padded_to_the_same_pixels(tiny_clip: Path, size: tuple[int, int]) -> None:
+    processor = load_image_processor(str(tiny_clip))
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    background = tuple(int(value * 255) for value in processor.image_mean)
+    expected = processor(pad_to_square(image, background), return_tensors="np")["pixel_values"][0]
+    assert np.array_equal(ImageView(processor, "pad")(image), expected)
+    if size != (8000, 20) and size != (20, 8000):
+        expected = processor(image, return_tensors="np")["pixel_values"][0]
+        assert np.array_equal(ImageView(processor, "square")(image), expected)
+
+
+def test_the_middle_of_a_very_long_image_is_what_the_centre_crop_leaves(tiny_clip: Path) -> None:
+    processor = load_image_processor(str(tiny_clip))
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40 * 50, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    expected = processor(image, return_tensors="np")["pixel_values"][0]
+    assert bounded(image, pad=False, crop=True).size == (40 * 32, 40)
+    assert np.abs(ImageView(processor, "square")(image).numpy() - expected).max() < 0.02
+
+
+def test_an_image_without_memory_is_that_images_failure(folder: Path, tiny_clip: Path) -> None:
+    """A processor that finds no memory for one image: the sample is left out, counted and named."""
+    dataset = build(read_samples(folder / "d.json", folder / "images"), folder, tiny_clip)
+    processor = dataset.view.processor
+
+    class Short:
+        image_mean, do_center_crop = processor.image_mean, True
+
+        def __call__(self, image: Image.Image, **kwargs: Any) -> Any:
+            return processor(
+                Image.new("RGB", (1 << 20, 1 << 25)) if image.getpixel((0, 0))[0] == 40 else image, **kwargs
+            )
+
+    dataset.view = ImageView(Short(), "square")
+    item = dataset[4]
+    assert item["skipped"] == [("i4", "not enough memory for it")]
+    assert item["key"] == "i5"
 
 
 def test_cut_never_splits_an_image() -> None:

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from llava_genhancer.data.decode import bounded_for
 from llava_genhancer.errors import InputError, out_of_memory
 from llava_genhancer.llava.conversation import (
     IGNORE_INDEX,
@@ -292,7 +293,7 @@ class Respondent:
 
     def _pixels(self, asked: Sequence[Ask]) -> dict[str, Tensor]:
         """All questions' images in order, (N, 3, H, W); nothing if there are none."""
-        images = [image for ask in asked for image in ask.images]
+        images = [bounded_for(image, self.image_processor) for ask in asked for image in ask.images]
         if not images:
             return {}
         pixels = self.image_processor(images, return_tensors="pt").pixel_values
