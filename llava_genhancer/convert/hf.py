@@ -106,7 +106,7 @@ def load(name: str) -> tuple[Any, Path | None]:
     return model.eval(), Path(file) if file else None
 
 
-def load_whole(cls: Any, path: Any, what: str, *, aside: tuple[str, ...] = (), **options: Any) -> Any:
+def load_whole(cls: Any, path: Any, what: str, *, aside: tuple[str, ...] = (), advice: str = "", **options: Any) -> Any:
     """Return ``cls.from_pretrained(path, **options)`` once every weight of the model comes from the files.
 
     Args:
@@ -114,6 +114,7 @@ def load_whole(cls: Any, path: Any, what: str, *, aside: tuple[str, ...] = (), *
         path: folder or hub id; None where ``options`` hold a state dict.
         what: names the model in messages.
         aside: beginnings of names in the files that the model need not have a place for.
+        advice: what to do about a missing weight, for the message.
 
     Raises:
         InputError: the files cannot be read, a weight is missing or of another shape, or one has no place.
@@ -130,6 +131,7 @@ def load_whole(cls: Any, path: Any, what: str, *, aside: tuple[str, ...] = (), *
     if missing:
         raise InputError(
             f"{what}: {len(missing)} weights are not in its files (first: {missing[0]}) and would be random"
+            + (f"; {advice}" if advice else "")
         )
     left = sorted(k for k in info["unexpected_keys"] if not k.startswith(aside) and not BUFFERS.search(k))
     if left:

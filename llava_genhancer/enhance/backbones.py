@@ -161,10 +161,10 @@ def load_full_model(name: str) -> nn.Module:
     path = locate(name)
     if model_type == OPEN_CLIP:
         return load_model(read_folder(path))
-    # A vision-only folder lacks the text tower; MMVP-VLM needs both.
     return load_whole(
         getattr(transformers, FULL_MODELS[model_type]), path, f"backbone {name}", dtype=torch.float32,
         use_safetensors=_safetensors_or_any(path),
+        advice="a vision-only folder cannot be enhanced, give the full two-tower model",
     )  # fmt: skip
 
 

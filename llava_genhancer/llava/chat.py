@@ -108,7 +108,8 @@ def load_llava(
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        if run.read_json(folder / "config.json").get("model_type") == "llava" and any(folder.glob("processor*.json")):
+        config = run.read_json(folder / "config.json")
+        if isinstance(config, dict) and config.get("model_type") == "llava" and any(folder.glob("processor*.json")):
             model = load_whole(
                 LlavaForConditionalGeneration, folder, str(checkpoint), dtype=dtype or "auto", use_safetensors=True
             )

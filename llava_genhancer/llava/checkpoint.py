@@ -117,8 +117,9 @@ def read_shards(folder: Path) -> dict[str, Tensor]:
     index = next((folder / n for n in INDEXES if (folder / n).is_file()), None)
     where: dict[str, str] = {}
     if index is not None:
-        where = run.read_json(index).get("weight_map")
-        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        read = run.read_json(index)
+        where = read.get("weight_map") if isinstance(read, dict) else {}
+        if not where or not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
             raise InputError(f"{index} is no index of weights: weight_map must name a file for each weight")
         files = [folder / name for name in sorted(set(where.values()))]
     else:
@@ -166,14 +167,17 @@ def check_weights(checkpoint: Checkpoint, source: str | os.PathLike) -> None:
     Raises:
         InputError: a weight is missing, has no place, or has another shape or type, with the first such weight.
     """
-    with torch.device("meta"):
-        config = language_config(checkpoint.llm_config, source)
-        language = AutoModelForCausalLM.from_config(config)
-        hidden = vision_config(checkpoint.tower)["hidden_size"]
-        projector = {
-            "linear_1.weight": (config.hidden_size, hidden), "linear_1.bias": (config.hidden_size,),
-            "linear_2.weight": (config.hidden_size, config.hidden_size), "linear_2.bias": (config.hidden_size,),
-        }  # fmt: skip
+    config = language_config(checkpoint.llm_config, source)
+    try:
+        with torch.device("meta"):
+            language = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # sizes that do not divide, numbers that are none, ...
+        raise InputError(f"{source}: no language model can be made of its config.json ({reason(error)})") from None
+    width, hidden = config.hidden_size, vision_config(checkpoint.tower)["hidden_size"]
+    projector = {
+        "linear_1.weight": (width, hidden), "linear_1.bias": (width,),
+        "linear_2.weight": (width, width), "linear_2.bias": (width,),
+    }  # fmt: skip
     shapes = {name: tuple(p.shape) for name, p in language.named_parameters()}  # tied weights once
     shapes |= {name: tuple(b.shape) for name, b in language.named_buffers() if name in language.state_dict()}
     for part, have, expected in (
@@ -181,7 +185,7 @@ def check_weights(checkpoint: Checkpoint, source: str | os.PathLike) -> None:
         ("language model", checkpoint.language, shapes),
     ):
         if absent := sorted(expected.keys() - have.keys()):
-            what = "no projector" if not have else f"{len(absent)} weights of the {part} missing (first: {absent[0]})"
+            what = f"no {part}" if not have else f"{len(absent)} weights of the {part} missing (first: {absent[0]})"
             raise InputError(f"{source} cannot be used: {what}")
         if left := sorted(have.keys() - expected.keys()):
             raise InputError(

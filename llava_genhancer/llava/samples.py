@@ -204,7 +204,9 @@ def read_sample(entry: Any, number: int, image_folder: str = "") -> Sample:
         if _FOREIGN.search(name) or (_MAY_LEAVE.search(name) and not _inside(directory, image_folder)):
             where = f"{name} is not inside {image_folder}" if image_folder else name
             raise BadSample("image outside the image folder", where)
-    texts, words = _texts(entry.get("conversations"))
+    if "conversations" not in entry:
+        raise BadSample("no conversation", f"it has {', '.join(map(str, entry)) or 'nothing'}"[:100])
+    texts, words = _texts(entry["conversations"])
     shown = [text.count(IMAGE) for text in texts]
     note = ""
     if images and any(shown):

@@ -72,9 +72,12 @@ def exported(folder: Path, llm: Path, tower: Path) -> tuple[LlavaRecipe, Llava]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("legacy", [True, False])  # Vicuna 1.5's tokenizer is not
-def test_the_original_code_reads_what_we_export(tiny_clip: Path, tmp_path: Path, legacy: bool) -> None:
-    recipe, model = exported(tmp_path, write_llama(tmp_path / "llm", legacy=legacy), tiny_clip)
+@pytest.mark.parametrize(
+    ("legacy", "tied"),
+    [(True, False), (False, False), (True, True)],  # Vicuna 1.5's tokenizer is not legacy; Llama 3.2 1B is tied
+)
+def test_the_original_code_reads_what_we_export(tiny_clip: Path, tmp_path: Path, legacy: bool, tied: bool) -> None:
+    recipe, model = exported(tmp_path, write_llama(tmp_path / "llm", legacy=legacy, tied=tied), tiny_clip)
     old, new = batches()
     prompt = encode_prompt([Turn(f"<image>\n{QUESTION}", None)], "v1", load_tokenizer(recipe.llm))
     hf, processor = load_llava(tmp_path / "hf")
