@@ -118,9 +118,10 @@ def read_shards(folder: Path) -> dict[str, Tensor]:
     where: dict[str, str] = {}
     if index is not None:
         read = run.read_json(index)
-        where = read.get("weight_map") if isinstance(read, dict) else {}
-        if not where or not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        named = read.get("weight_map") if isinstance(read, dict) else None
+        if not named or not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
             raise InputError(f"{index} is no index of weights: weight_map must name a file for each weight")
+        where = named
         files = [folder / name for name in sorted(set(where.values()))]
     else:
         found = {p for pattern in ("model*.safetensors", "pytorch_model*.bin") for p in folder.glob(pattern)}
