@@ -36,32 +36,39 @@ def examine(recipe: Recipe, *, deepspeed: str | None = None, gpus: int | None = 
 
 
 def examine_fork(fork: str, tower: str) -> int:
-    """Print which class a LLaVA fork would build for a tower folder, and what to do about it.
+    """Print which class a LLaVA fork would build for a tower folder, what to do about it, and the commands.
 
     Args:
-        fork: the fork's checkout; its source is read and nothing of it is imported.
+        fork: the fork's checkout; its source is read as text, and nothing of it is imported or run.
         tower: one of our tower folders.
 
     Returns:
         0 if the folder's path is all that the fork needs, 1 if something must be done first.
 
     Raises:
-        InputError: no fork of a known layout there, or not a tower as it was exported.
+        InputError: no builder found there, or not a tower as it was exported.
     """
-    from llava_genhancer.tower.choice import WORKS, fork_choice
+    from llava_genhancer.tower.choice import IMPOSSIBLE, WORKS, fork_choice
 
     choice = fork_choice(fork, tower)
     works = choice.verdict == WORKS
-    chosen = f"{choice.chosen} for {tower}" if choice.chosen else f"nothing for {tower}"
+    chosen = f"{choice.chosen} for {tower}" if choice.chosen else f"no class for {tower}"
     findings = [
         Finding(OK, "tower", f"{tower}: a {choice.model_type} folder, every weight file as exported"),
         Finding(OK, "fork", f"{choice.rule.function} in {choice.rule.path}"),
         Finding(OK if works else PROBLEM, "chooses", f"{chosen}: {choice.reason}", choice.todo),
     ]
     show(findings)
-    print(
-        f"\n{'--vision_tower (or --image_tower) with this path is enough' if works else 'something must be done first'}"
-    )
+    if choice.commands:
+        print()
+    for title, command in choice.commands:
+        print(f"  {title:13} {command}")
+    last = "something must be done first"
+    if works:
+        last = "this path as the tower's argument is enough"
+    elif choice.verdict == IMPOSSIBLE:
+        last = "the fork cannot take this tower as it is"
+    print(f"\n{last}")
     return 0 if works else 1
 
 

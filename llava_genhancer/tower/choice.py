@@ -1,238 +1,299 @@
-"""What a fork will make of a tower folder, read from the fork's source: nothing of the fork is imported.
+"""Advise how a tower folder gets into a LLaVA fork: which class the fork picks, and what to do where that class fails.
 
-A fork chooses by the folder's path, in one function. That function alone is compiled here and called with the path,
-in a world where the fork's tower classes are mere names and of Python there are only strings and lookups. So the answer
-is the rule as it stands in that checkout, the user's own changes included.
+The answer comes from the fork's source as text (:mod:`llava_genhancer.tower.rules`); nothing of the fork is run.
 """
 
 from __future__ import annotations
 
-import ast
-import builtins
-import copy
 import os
+import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-from llava_genhancer.errors import InputError
-from llava_genhancer.tower.export import verify_tower
+from llava_genhancer.tower.export import FIRST_TRANSFORMERS, VISION_MODELS, verify_tower
+from llava_genhancer.tower.rules import (
+    DROPS_A_PATCH,
+    FACTORY,
+    Rule,
+    Unpredictable,
+    find_problem,
+    find_rule,
+    predict,
+    returns_more,
+    tested_words,
+)
 
-WORKS, RENAME, REGISTER = "works", "rename", "register"  # rename: another path or argument is enough
-LAUNCH = "`python -m llava_genhancer.launch TRAINER ...`"
-CLS_PATCH = "give --mm_vision_select_feature cls_patch"
-DROPS_A_PATCH = "drops the first patch of SigLIP, which has no CLS, unless it is told otherwise"
-FACTORY = "VisionTowerFactory"  # of TinyLLaVA Factory, which reads `name:path`
+# The fork loads the folder; another path or option is enough; register() is needed; it cannot be predicted; no way.
+WORKS, RENAME, REGISTER, UNKNOWN, IMPOSSIBLE = "works", "rename", "register", "unknown", "impossible"
+CLS_PATCH = "--mm_vision_select_feature cls_patch"
 FACTORY_NAMES = ("clip:{path}", "siglip:{path}")
-# Tried in this order: the first satisfies every rule that takes a CLIP by its name, the last has no word of the user's.
+# Tried in this order: the first satisfies most rules that take a CLIP by its name; the last ones do not hold the
+# user's own folder name, in which a fork may find a word that it takes for another model.
 NEW_NAMES = (
     "openai/{name}", "openai/clip-{name}", "google/{name}", "google/siglip-{name}",
     "openai/clip-enhanced", "google/siglip-enhanced",
 )  # fmt: skip
-_LOADERS = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
-_SAFE = (
-    "AttributeError", "Exception", "ValueError", "any", "dict", "enumerate", "float", "getattr", "hasattr", "int",
-    "isinstance", "len", "list", "max", "min", "range", "str", "tuple", "zip",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Where a fork chooses."""
-
-    path: Path  # the file
-    function: str
-    source: str
+_PACKAGE = Path(__file__).parents[2]
+_TRAINERS = ("train_fsdp", "train_mem", "train", "train_xformers")
+_EVALUATIONS = ("model_vqa_loader", "model_vqa", "run_llava")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a fork does with a folder."""
+    """What a fork does with a tower folder.
+
+    Args:
+        rule: where the fork picks the class.
+        chosen: the picked class's name; None if the fork refuses the path, or if it cannot be predicted.
+        verdict: WORKS, RENAME, REGISTER, UNKNOWN or IMPOSSIBLE.
+        reason: why, in one line.
+        todo: what to do, in one line; empty for WORKS.
+        commands: pairs of a title and a shell command, from installing to evaluating.
+    """
 
     rule: Rule
     model_type: str
-    chosen: str | None  # the class's name; None: the fork refuses the path
-    verdict: str  # WORKS, RENAME or REGISTER
+    chosen: str | None
+    verdict: str
     reason: str
     todo: str
+    commands: tuple[tuple[str, str], ...]
 
 
 def fork_choice(fork: str, tower: str) -> Choice:
-    """Which class a fork would build for a tower folder, and what to do about it.
+    """Predict which class a fork builds for a tower folder, and advise what to do about it.
 
     Args:
         fork: the fork's checkout, or its package's folder.
-        tower: one of our tower folders, written as it would be given to ``--vision_tower``.
+        tower: a tower folder, written as it would be given to ``--vision_tower``.
 
     Raises:
-        InputError: no fork there whose layout is known, or not a tower as it was exported.
+        InputError: no builder found in the fork; or the tower's folder is not whole: a file is missing, differs from
+            the marker's hash, or lacks weights that config.json asks for.
     """
+    from llava_genhancer.tower.tower import check_names
+
     model_type = str(verify_tower(tower)["model_type"])
+    check_names(tower)
     rule = find_rule(Path(fork))
-    chosen = ask(rule, tower)
-    problem = find_problem(rule, model_type, chosen, tower)
-    if problem is None:
-        return Choice(rule, model_type, chosen, WORKS, f"loads {model_type} folders", "")
-    register = f"start training as {LAUNCH}, or call llava_genhancer.tower.register() first"
-    if problem == DROPS_A_PATCH:
-        return Choice(rule, model_type, chosen, RENAME, problem, f"{CLS_PATCH}; or {register}")
-    for pattern in FACTORY_NAMES if rule.function == FACTORY else NEW_NAMES:
-        name = pattern.format(name=Path(tower).absolute().name, path=tower)
-        left = find_problem(rule, model_type, ask(rule, name, exists=True), name)
-        if left is None or left == DROPS_A_PATCH:
-            todo = f"give --vision_tower {name}"
-            if rule.function != FACTORY:
-                todo = f"move or link the folder to {name}, below the folder you train in, and give that path"
-            todo += f", and {CLS_PATCH}" if left else ""
-            return Choice(rule, model_type, chosen, RENAME, problem, f"{todo}; or {register}")
-    return Choice(rule, model_type, chosen, REGISTER, problem, register)
-
-
-def find_problem(rule: Rule, model_type: str, chosen: str | None, path: str) -> str | None:
-    """What is wrong with a fork's choice for a model of this type, or None."""
-    if chosen is None:
-        return "refuses this path: it goes by the path's words"
-    module, names, slices = _read_class(rule, chosen)
-    wanted = _LOADERS.get(model_type)
-    if wanted not in names:
-        return f"does not load {model_type} folders"
-    # ShareGPT4V's class looks for "eva" once more, Cambrian's for "interp".
-    for word in _tested_words(module):
-        if word in path.lower() and word not in ("clip", "siglip", "openai/clip"):
-            return f"reads '{word}' in the path as something else"
-    return DROPS_A_PATCH if model_type == "siglip" and slices else None
-
-
-def find_rule(fork: Path) -> Rule:
-    """The function of a checkout that chooses a tower.
-
-    Raises:
-        InputError: none found; the message says what was looked for.
-    """
-    if not fork.is_dir():
-        raise InputError(f"--fork {fork} is not a folder: give the fork's checkout")
-    for path in (*_find(fork, "multimodal_encoder/builder.py"), *_find(fork, "model/vision_tower/__init__.py")):
-        source = path.read_text(encoding="utf-8")
-        functions = {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
-        # Cambrian has a build_vision_tower too, which its training never calls.
-        for name in ("build_vision_tower_aux_list", "build_vision_tower", "build_image_tower", FACTORY):
-            if name in functions:
-                return Rule(path, name, source)
-    raise InputError(
-        f"--fork {fork}: no tower builder known here. Looked for */multimodal_encoder/builder.py with "
-        "build_vision_tower, build_image_tower or build_vision_tower_aux_list, and for "
-        "*/model/vision_tower/__init__.py with VisionTowerFactory"
-    )
-
-
-def _find(fork: Path, tail: str) -> Iterator[Path]:
-    found = [p for p in fork.rglob(tail) if not any(part.startswith(".") for part in p.relative_to(fork).parts)]
-    return iter(sorted(found, key=lambda p: (len(p.parts), p)))
-
-
-# --- reading the chosen class ---------------------------------------------------------------------------------------
-
-
-def _read_class(rule: Rule, name: str) -> tuple[ast.Module | None, set[str], bool]:
-    """The module of a tower class; the names that it and its bases use; whether any of them cuts off a first token."""
-    for path in sorted(rule.path.parent.rglob("*.py")):
-        module = ast.parse(path.read_text(encoding="utf-8"))
-        for node in module.body:
-            if isinstance(node, ast.ClassDef) and node.name == name:
-                names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-                slices = any(isinstance(n, ast.Slice) and ast.unparse(n) == "1:" for n in ast.walk(node))
-                for base in (b.id for b in node.bases if isinstance(b, ast.Name) and b.id != name):
-                    _, inherited, cuts = _read_class(rule, base)
-                    names, slices = names | inherited, slices or cuts
-                return module, names, slices
-    return None, set(), False
-
-
-def _tested_words(module: ast.Module | None) -> set[str]:
-    """Words that a module looks for in strings: ``"eva" in name.lower()``."""
-    tests = [n for n in ast.walk(module) if isinstance(n, ast.Compare)] if module is not None else []
-    return {
-        test.left.value.lower()
-        for test in tests
-        if isinstance(test.ops[0], ast.In) and isinstance(test.left, ast.Constant) and isinstance(test.left.value, str)
-    }
-
-
-# --- asking the fork's function -------------------------------------------------------------------------------------
-
-
-class _Name:
-    """Stands for a name of the fork: a tower class when called, a logger or a module when looked into."""
-
-    def __init__(self, name: str, called: list[str]):
-        self._name, self._called = name, called
-
-    def __call__(self, *args: Any, **kwargs: Any) -> _Name:
-        if "Tower" in self._name or "Wrapper" in self._name:
-            self._called.append(self._name)
-        return self
-
-    def __getattr__(self, name: str) -> _Name:
-        return _Name(name, self._called)
-
-
-def ask(rule: Rule, tower: str, *, exists: bool | None = None) -> str | None:
-    """The class that the rule would build for a path, or None if it refuses the path.
-
-    Args:
-        exists: whether the path is to be taken for an existing one (default: whether it exists).
-    """
-    if rule.function == FACTORY:
-        return _ask_factory(rule, tower)
-    node = next(n for n in ast.parse(rule.source).body if isinstance(n, ast.FunctionDef) and n.name == rule.function)
-    node.decorator_list = []
-    for argument in (*node.args.args, *node.args.kwonlyargs):
-        argument.annotation = None
-    node.returns = None
-    called: list[str] = []
-    there = os.path.exists if exists is None else lambda path: exists
-    safe: dict[str, Any] = {name: getattr(builtins, name) for name in _SAFE}
-    world: dict[str, Any] = {
-        n.id: _Name(n.id, called) for n in ast.walk(node) if isinstance(n, ast.Name) and n.id not in safe
-    }
-    world |= {
-        "__builtins__": safe,
-        "os": SimpleNamespace(path=SimpleNamespace(exists=there, isdir=there, isabs=os.path.isabs)),
-        "copy": SimpleNamespace(deepcopy=copy.copy, copy=copy.copy),
-    }
-    exec(compile(ast.Module([node], type_ignores=[]), str(rule.path), "exec"), world)
+    advice = _Advice(rule, Path(fork), tower, model_type)
     try:
-        world[rule.function](*_arguments(node, tower))
-    except ValueError:  # "Unknown vision tower"
-        return None
-    except Exception as error:
-        raise InputError(f"{rule.path}: {rule.function} could not be followed ({error}): try it in training") from None
-    return called[0] if called else None
+        found = predict(rule, tower)
+        problem = find_problem(rule, model_type, found.chosen, tower)
+    except Unpredictable as error:
+        return advice.unknown(str(error))
+    unset = f" (as long as {', '.join(found.unset)} are not set)" if found.unset else ""
+    if problem is None:
+        return advice.choice(found.chosen, WORKS, f"loads {model_type} folders{unset}", "", advice.by_path(tower))
+    return advice.mend(found.chosen, problem + unset, problem)
 
 
-def _arguments(node: ast.FunctionDef, tower: str) -> list[Any]:
-    """The function's positional arguments, for a configuration that names the tower and asks for nothing special."""
-    names = ("vision_tower", "image_tower", "mm_vision_tower", "mm_image_tower")
-    lists = ("vision_tower_aux_list", "mm_vision_tower_aux_list")
-    config = SimpleNamespace(
-        **dict.fromkeys(names, tower),
-        **{name: [tower] for name in lists},
-        **{name: [576] for name in ("vision_tower_aux_token_len_list", "mm_vision_tower_aux_token_len_list")},
-        resume_path=None,
-        ps3=False,
-        s2=False,
-    )
-    return [tower, config] if node.args.args[0].arg == "model_name_or_path" else [config]
+@dataclass(frozen=True)
+class _Advice:
+    """The remedies for one fork and one tower."""
+
+    rule: Rule
+    fork: Path
+    tower: str
+    model_type: str
+
+    def choice(
+        self, chosen: str | None, verdict: str, reason: str, todo: str, commands: list[tuple[str, str]]
+    ) -> Choice:
+        return Choice(self.rule, self.model_type, chosen, verdict, reason, todo, tuple(commands))
+
+    def mend(self, chosen: str | None, reason: str, problem: str) -> Choice:
+        """The remedies where the fork's class does not load the folder by its path: another path first."""
+        blocked, launch = self.launcher()
+        other = f"; or {launch}" if blocked is None else ""
+        if problem == DROPS_A_PATCH:
+            other = "" if self.rule.takes_path else other  # VILA needs the option with the launcher too
+            commands = self.by_path(self.tower, CLS_PATCH)
+            return self.choice(chosen, RENAME, reason, f"give {CLS_PATCH}{other}", commands)
+        for name, option in self.names():
+            if self.rule.function == FACTORY:
+                todo, commands = f"give --vision_tower {name}", []
+            else:
+                todo = f"move or link the folder to {name}, below the folder you train in, and give that path"
+                link = f"mkdir -p {os.path.dirname(name)} && ln -s {shlex.quote(self.absolute)} {name}"
+                commands = [("link", f"{self.at_root}{link}")]
+            todo += f", and {option}" if option else ""
+            return self.choice(chosen, RENAME, reason, todo + other, commands + self.by_path(name, option))
+        if blocked is not None:
+            newer = self.registered() if blocked == self.too_old() else []
+            return self.choice(chosen, IMPOSSIBLE, reason, blocked, newer)
+        return self.choice(chosen, REGISTER, reason, launch, self.registered())
+
+    def unknown(self, reason: str) -> Choice:
+        """What is left to say of a builder that cannot be followed: the words it looks for, and what works anyway."""
+        words = ", ".join(f"'{word}'" for word in tested_words(self.rule))
+        reason = f"cannot be predicted without running the fork ({reason})"
+        reason += f"; it looks for {words} in the path" if words else ""
+        blocked, launch = self.launcher()
+        if blocked is not None:
+            clip = "a CLIP tower is an ordinary CLIP folder: give the path and check that training names no missing key"
+            return self.choice(None, UNKNOWN, reason, clip if self.model_type == "clip" else blocked, [])
+        builds = (
+            "the fork's own class is kept if it takes the folder, and llava_genhancer's class is built if not"
+            if self.model_type == "clip"
+            else "llava_genhancer's class is built whatever the builder picks"
+        )
+        return self.choice(None, UNKNOWN, reason, f"{launch}: {builds}", self.registered())
+
+    def launcher(self) -> tuple[str | None, str]:
+        """Why starting by the launcher does not help, or None; and the advice to do so."""
+        option = ""
+        if self.rule.takes_path and self.model_type != "clip":  # VILA reads the tower back with a class of its own
+            option = f" with {CLS_PATCH}"
+        launch = f"start training as `python -m llava_genhancer.launch {self.trainer} ...`{option}"
+        launch += ", or call llava_genhancer.tower.register() first"
+        if not self.rule.registers:
+            reason = f"register() does not reach {self.rule.path.name}: use a CLIP tower, or return "
+            return f"{reason}llava_genhancer.tower.tower.VisionTower(path, config) in {self.rule.function}", launch
+        more = returns_more(self.rule)
+        if more is not None:
+            reason = f"the fork's {more}.forward returns more than features, which llava_genhancer's class does not"
+            return f"{reason}: use a CLIP tower that the fork loads itself", launch
+        if self.rule.takes_path and self.model_type == "siglip2":
+            return "the fork reads the tower it saved with a class of its own: use a CLIP or SigLIP tower", launch
+        return self.too_old(), launch
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        """Paths with which the fork's own class loads the folder, each with the option it needs."""
+        folder = Path(self.tower).absolute().name
+        patterns = [*(FACTORY_NAMES if self.rule.function == FACTORY else NEW_NAMES)]
+        words = [w.strip("/") for w in tested_words(self.rule) if re.fullmatch(r"[\w./-]+", w) and ".." not in w]
+        made = [f"{word}-{end}" for word in words for end in ("{name}", "enhanced")]
+        patterns += [*made, *(f"towers/{pattern}" for pattern in made)]
+        for pattern in patterns:
+            name = pattern.format(name=folder, path=self.absolute)
+            try:
+                chosen = predict(self.rule, name, exists=lambda path: True).chosen
+                left = find_problem(self.rule, self.model_type, chosen, name)
+            except Unpredictable:
+                continue
+            if left is None or left == DROPS_A_PATCH:
+                yield name, CLS_PATCH if left else ""
+
+    # --- the fork's transformers
+
+    def too_old(self) -> str | None:
+        """What to do if the transformers that the fork pins lacks the model's vision class, or None."""
+        pin, first = pin_of(self.rule.path, self.fork), FIRST_TRANSFORMERS[self.model_type]
+        if not pin or not excludes(pin, first):
+            return None
+        return (
+            f"the fork pins {pin}, but {VISION_MODELS[self.model_type]} in llava_genhancer's class needs transformers "
+            f"{first} or newer, so llava_genhancer.launch fails there: install {first} or newer in the fork's "
+            f"environment, check that the fork still trains with it, then start training as `python -m "
+            f"llava_genhancer.launch {self.trainer} ...`; or use a CLIP tower"
+        )
+
+    # --- command lines
+
+    @property
+    def absolute(self) -> str:
+        return str(Path(self.tower).absolute())
+
+    @property
+    def package(self) -> Path:
+        """PACKAGE of PACKAGE/model/multimodal_encoder/builder.py, or of PACKAGE/model/vision_tower/__init__.py."""
+        return self.rule.path.parents[2] if self.rule.registers else self.rule.path.parents[1]
+
+    @property
+    def root(self) -> Path:
+        """The folder the fork's modules are imported from."""
+        root = self.package.parent
+        while (root / "__init__.py").is_file():
+            root = root.parent
+        return root
+
+    @property
+    def at_root(self) -> str:
+        return f"cd {shlex.quote(str(self.root.absolute()))} && "
+
+    def module(self, folder: str, names: tuple[str, ...], fallback: str) -> str:
+        found = find_module(self.package, folder, names)
+        package = ".".join(self.package.relative_to(self.root).parts)
+        return fallback if found is None else f"{package}.{folder}.{found}"
+
+    @property
+    def trainer(self) -> str:
+        return self.module("train", _TRAINERS, "TRAINER")
+
+    def argument(self, path: str) -> str:
+        """The tower's argument on the trainer's command line."""
+        if self.rule.function == "build_vision_tower_aux_list":
+            return f"--vision_tower_aux_list '[\"{path}\"]'"
+        return f"--{'image' if self.rule.function == 'build_image_tower' else 'vision'}_tower {shlex.quote(path)}"
+
+    def by_path(self, path: str, option: str = "") -> list[tuple[str, str]]:
+        """Training and evaluating with the fork's own scripts."""
+        option = f" {option}" if option else ""
+        kept = "" if self.rule.takes_path else f"; keep {path}: checkpoints store this path and load the tower from it"
+        return [
+            ("train", f"the fork's own script, with {self.argument(path)}{option}"),
+            ("evaluate", f"the fork's own scripts{kept}"),
+        ]
+
+    def registered(self) -> list[tuple[str, str]]:
+        """Installing the adapter, training and evaluating with llava_genhancer's class."""
+        checkout = str(_PACKAGE) if (_PACKAGE / "pyproject.toml").is_file() else "/path/to/llava_genhancer's checkout"
+        option = f" {CLS_PATCH}" if self.rule.takes_path and self.model_type != "clip" else ""
+        launch, given = "-m llava_genhancer.launch", self.argument(self.absolute)
+        install = f"python -m pip install --no-deps {shlex.quote(checkout)}"
+        several = f"deepspeed --module llava_genhancer.launch {self.trainer} {given}{option} ..."
+        lines = [
+            ("install", f"{install}   # in the fork's environment; Python 3.10 or newer"),
+            ("check", f"python -c 'from transformers import {VISION_MODELS[self.model_type]}'"),
+            ("train", f"{self.at_root}python {launch} {self.trainer} {given}{option} ..."),
+            ("several GPUs", f"{self.at_root}{several}"),
+        ]
+        if self.too_old():
+            pair = {"4.37": "transformers==4.37.2 tokenizers==0.15.1", "4.50": '"transformers>=4.50,<5"'}
+            newer = pair[FIRST_TRANSFORMERS[self.model_type]]
+            lines.insert(0, ("transformers", f"python -m pip install {newer}   # in the fork's environment"))
+        if self.rule.takes_path:
+            return [*lines, ("evaluate", "the fork's own scripts: the checkpoint holds the tower")]
+        evaluation = self.module("eval", _EVALUATIONS, "EVALUATION_MODULE")
+        return [
+            *lines,
+            ("evaluate", f"{self.at_root}python {launch} {evaluation} --model-path CHECKPOINT ..."),
+            ("or in Python", "from llava_genhancer.tower import register; register()   # before the checkpoint loads"),
+        ]
 
 
-def _ask_factory(rule: Rule, tower: str) -> str | None:
-    """TinyLLaVA Factory: the last registered name that the part before the colon contains."""
-    key, chosen = tower.split(":")[0].lower(), None
-    for path in sorted(rule.path.parent.glob("*.py")):
-        classes = [n for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef)]
-        for node, call in ((n, d) for n in classes for d in n.decorator_list if isinstance(d, ast.Call)):
-            if ast.unparse(call.func) == "register_vision_tower" and isinstance(call.args[0], ast.Constant):
-                chosen = node.name if str(call.args[0].value).lower() in key else chosen
-    return chosen
+def find_module(package: Path, folder: str, names: tuple[str, ...] = _EVALUATIONS) -> str | None:
+    """The first of some modules that a fork's package has in a folder: its trainer, its evaluation."""
+    return next((name for name in names if (package / folder / f"{name}.py").is_file()), None)
+
+
+def pin_of(path: Path, fork: Path) -> str:
+    """The requirement on transformers in the project files nearest above a file, as written, or ''."""
+    for folder in path.parents:
+        for name in ("pyproject.toml", "setup.py", "setup.cfg", "requirements.txt"):
+            try:
+                text = (folder / name).read_text(encoding="utf-8", errors="replace")
+            except OSError:
+                continue
+            found = re.search(r"(?<![\w.-])transformers\s*(?:\[[\w,]*\]\s*)?((?:===?|[<>~]=?|@)\s*[^\"'\s;#]+)", text)
+            if found:
+                return f"transformers{found[1]}"
+        if folder == fork:
+            break
+    return ""
+
+
+def excludes(pin: str, needed: str) -> bool:
+    """Whether a requirement on transformers allows no release from ``needed`` on; False for one of a commit."""
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+    from packaging.version import Version
+
+    try:
+        allowed = SpecifierSet(pin.removeprefix("transformers"))
+    except InvalidSpecifier:
+        return False
+    releases = [f"{major}.{minor}.{patch}" for major in (4, 5) for minor in range(100) for patch in range(5)]
+    return not any(Version(release) >= Version(needed) and allowed.contains(release) for release in releases)

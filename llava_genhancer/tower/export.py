@@ -19,6 +19,9 @@ from typing import Any
 from llava_genhancer.errors import InputError
 
 MARKER = "llava_genhancer.json"
+VISION_MODELS = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel", "siglip2": "Siglip2VisionModel"}
+# The first release of transformers in which llava_genhancer's class builds the model; SigLIP's classes came with 4.37.
+FIRST_TRANSFORMERS = {"clip": "4.37", "siglip": "4.37", "siglip2": "4.50"}
 PROCESSOR_FILES = ("preprocessor_config.json",)
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
@@ -128,12 +131,26 @@ def read_marker(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def verify_tower(folder: str | os.PathLike) -> dict[str, Any]:
-    """The marker, once every weight file has the hash it lists and every key the prefix old readers need.
+    """Check a tower's files against the marker and return the marker's content.
+
+    Every weight file must have the hash that the marker lists, every key the prefix that old transformers needs, and
+    the files that a fork reads beside the weights must be there.
 
     Raises:
-        InputError: a file is missing, was changed, or would load as random weights.
+        InputError: a file is missing or was changed, or weights would stay random.
     """
     marker = read_marker(folder)
+    for name in ("config.json", *PROCESSOR_FILES):
+        found = _read_object(Path(folder) / name)
+        if name == "config.json" and found.get("model_type") != marker.get("model_type"):
+            raise InputError(
+                f"{Path(folder) / name}: model_type is {found.get('model_type')!r}, but {MARKER} lists "
+                f"{marker.get('model_type')!r}: export the tower again"
+            )
+    if not marker["weights"]:
+        raise InputError(f"{Path(folder) / MARKER} lists no weight files: export the tower again")
+    if not {"model.safetensors", "model.safetensors.index.json"} & set(os.listdir(folder)):
+        raise InputError(f"{folder} has no model.safetensors, which transformers loads: export the tower again")
     for name, expected in marker["weights"].items():
         path = Path(folder) / name
         if name != os.path.basename(name):
@@ -142,6 +159,23 @@ def verify_tower(folder: str | os.PathLike) -> dict[str, Any]:
             raise InputError(f"{path} is missing or not the file that was exported: export the tower again")
     check_keys(folder)
     return marker
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON file's object.
+
+    Raises:
+        InputError: the file is missing or holds no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing, and LLaVA's forks read it: export the tower again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({error}): export the tower again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object: export the tower again")
+    return value
 
 
 def check_keys(folder: str | os.PathLike) -> None:

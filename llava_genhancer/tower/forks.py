@@ -1,9 +1,12 @@
-"""Towers of ours inside LLaVA and its forks, chosen by the folder's marker and never by its name.
+"""Make LLaVA and its forks load every tower folder of this package, also those that they cannot load themselves.
 
-A fork chooses its tower in one function, which its ``*_arch`` modules import by value. :func:`register` puts a chooser
-in that function's place, wherever it is bound: at once in modules that are loaded, and by an import hook in those that
-come later. The chooser builds our tower for a folder that carries our marker and hands everything else to the original.
-Modules are known by how their names end, so that a fork of a fork, under another package name, is found too.
+A fork picks its tower class in one function, the builder, which its ``*_arch`` modules import by value.
+:func:`register` replaces that function by a :class:`Chooser` wherever it is bound: at once in modules that are loaded,
+and by an import hook in modules that are imported later. The chooser hands a path without our marker file to the
+fork's builder. For a tower folder the chooser reads the builder's source (:mod:`llava_genhancer.tower.rules`): where
+the fork's own class loads the folder, the fork's class stays, with all that it offers; else the chooser builds
+:class:`~llava_genhancer.tower.tower.VisionTower`. Builders are found by the end of their module's name, so a fork of a
+fork under another package name is found too.
 """
 
 from __future__ import annotations
@@ -14,37 +17,106 @@ import importlib.machinery
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeGuard
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.tower.export import is_tower
+from llava_genhancer.tower.export import VISION_MODELS, is_tower, read_marker, verify_tower
+from llava_genhancer.tower.rules import TAKES_PATH, Rule, Unpredictable, find_problem, predict, returns_more
 
 BUILDER = ".multimodal_encoder.builder"  # of every fork but one:
 FACTORY = ".model.vision_tower"  # TinyLLaVA Factory
 
 
 class Chooser:
-    """A fork's own choosing function, and what comes before it."""
+    """Calls a fork's builder, or builds this package's tower in its place.
+
+    Attributes:
+        original: the fork's builder.
+        built: tower folders for which this package's class was built.
+    """
 
     def __init__(self, original: Callable[..., Any], choose: Callable[..., Any]):
         functools.update_wrapper(self, original)
         self.original = original
         self.choose = choose
+        self.built: list[str] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.choose(self.original, *args, **kwargs)
+        return self.choose(self, *args, **kwargs)
+
+    def replaces(self, path: str, config: Any, call: Callable[[], Any], given: str | None = None) -> tuple[bool, Any]:
+        """Decide who builds a tower folder.
+
+        Args:
+            path: the folder.
+            config: the fork's config, whose options its builder reads.
+            call: calls the fork's builder for this folder.
+            given: what the builder gets, if not the path alone (TinyLLaVA Factory's ``name:path``).
+
+        Returns:
+            (True, None) if this package's class must be built, (False, the fork's tower) if not.
+
+        Raises:
+            InputError: the folder is not as it was exported, or the fork expects more of a tower than features.
+        """
+        model_type = str(read_marker(path).get("model_type"))
+        if model_type not in VISION_MODELS:
+            return True, None  # this package's class names the model types that it knows
+        feature = _first(config, "mm_vision_select_feature", "mm_vision_select_feature") or "patch"
+        try:
+            rule = self.rule()
+            problem = find_problem(rule, model_type, predict(rule, given or path, config).chosen, path, feature)
+        except Unpredictable:
+            tower = _try_own(call, path) if model_type == "clip" else None
+            return tower is None, tower
+        if problem is None:
+            verify_tower(path)
+            return False, call()
+        more = returns_more(rule)
+        if more is not None:
+            raise InputError(
+                f"{rule.function} cannot build {path}: the fork's class {problem}, and llava_genhancer's class cannot "
+                f"replace it, since {more}.forward returns more than features; see `llava-genhancer doctor --fork`"
+            )
+        return True, None
+
+    def rule(self) -> Rule:
+        """The fork's builder as source.
+
+        Raises:
+            Unpredictable: its source is not on the disk.
+        """
+        path = inspect.getsourcefile(inspect.unwrap(self.original))
+        try:
+            source = Path(str(path)).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise Unpredictable(f"{path} cannot be read ({error})") from None
+        return Rule(Path(str(path)), self.original.__name__, source)
+
+    @property
+    def needed_later(self) -> list[str]:
+        """Tower folders that need :func:`register` again when a checkpoint that was trained on them is loaded."""
+        return [] if _takes_path(self.original) else self.built  # VILA saves the tower and reads it with its own class
+
+
+def _try_own(call: Callable[[], Any], path: str) -> Any:
+    """The fork's own tower for a CLIP folder, or None where the fork refuses the folder or picks another model."""
+    verify_tower(path)
+    try:
+        tower = call()
+    except (ValueError, AssertionError, KeyError, NotImplementedError):
+        return None
+    return tower if "clip" in str(getattr(getattr(tower, "config", None), "model_type", "")) else None
 
 
 def register() -> list[str]:
-    """Make LLaVA and its forks build our tower for our folders. Calling it again does no harm.
+    """Make LLaVA and its forks load every tower folder of this package. A second call changes nothing.
 
     Returns:
-        The builder modules that are loaded and now choose our tower; ones imported later follow by themselves.
+        The builder modules that are loaded and whose builders are replaced; those imported later are replaced then.
 
-    Raises:
-        InputError: a loaded module is called like a fork's builder and has none of the functions known here. For
-            one that is imported later, its import raises this.
     """
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
@@ -69,46 +141,72 @@ def _ours(name: Any) -> TypeGuard[str]:
     return isinstance(name, str) and is_tower(name)
 
 
-def _from_config(original: Callable[..., Any], config: Any, *args: Any, kind: str, **kwargs: Any) -> Any:
+def _from_config(chooser: Chooser, config: Any, *args: Any, kind: str, **kwargs: Any) -> Any:
     """``build_vision_tower(config, **kwargs)``; ``kind`` is "vision" or, in Video-LLaVA and MoE-LLaVA, "image"."""
     from llava_genhancer.tower.tower import VisionTower
 
-    name = getattr(config, f"mm_{kind}_tower", getattr(config, f"{kind}_tower", None))
-    return VisionTower(name, config, **kwargs) if _ours(name) else original(config, *args, **kwargs)
+    def call() -> Any:
+        return chooser.original(config, *args, **kwargs)
+
+    name = _first(config, f"mm_{kind}_tower", f"{kind}_tower")
+    if not _ours(name):
+        return call()
+    replaces, tower = chooser.replaces(name, config, call)
+    if not replaces:
+        return tower
+    tower = VisionTower(name, config, *args, **kwargs)
+    chooser.built.append(name)
+    return tower
 
 
-def _from_path(original: Callable[..., Any], model_name_or_path: Any, config: Any) -> Any:
+def _from_path(chooser: Chooser, model_name_or_path: Any, config: Any) -> Any:
     """VILA's ``build_vision_tower(path, config)``: loaded at once, in the config's dtype.
 
     VILA saves the tower with the model, without our marker, and reads it back with its own class.
 
     Raises:
-        InputError: that class would drop a patch of SigLIP which the model was trained with.
+        InputError: that class would drop a patch of SigLIP which the model was trained with, or cannot load the model.
     """
     import torch
 
     from llava_genhancer.tower.tower import VisionTower
 
+    def call() -> Any:
+        return chooser.original(model_name_or_path, config)
+
     if not _ours(model_name_or_path):
-        return original(model_name_or_path, config)
-    dtype = getattr(torch, str(config.model_dtype).replace("torch.", ""))
-    tower = VisionTower(model_name_or_path, config).to(dtype)
-    if tower.model_type != "clip" and tower.select_feature == "patch":
+        return call()
+    replaces, tower = chooser.replaces(model_name_or_path, config, call)
+    if not replaces:
+        return tower
+    tower = VisionTower(model_name_or_path, config)
+    if tower.model_type == "siglip2":
+        raise InputError(
+            f"VILA reads the tower it saved with its own class, which does not load {model_name_or_path} (siglip2): "
+            "use a CLIP or SigLIP tower"
+        )
+    if tower.model_type != "clip" and tower.tokens == "patch":
         raise InputError(
             "VILA reads the tower it saved with its own class, which then drops a patch of SigLIP: "
             "give --mm_vision_select_feature cls_patch"
         )
+    tower = tower.to(getattr(torch, str(config.model_dtype).replace("torch.", "")))
     config.mm_hidden_size = tower.hidden_size
+    chooser.built.append(model_name_or_path)
     return tower
 
 
-def _vision(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if next(iter(inspect.signature(original).parameters)) == "model_name_or_path":
-        return _from_path(original, *args, **kwargs)
-    return _from_config(original, *args, kind="vision", **kwargs)
+def _vision(chooser: Chooser, *args: Any, **kwargs: Any) -> Any:
+    if _takes_path(chooser.original):
+        return _from_path(chooser, *args, **kwargs)
+    return _from_config(chooser, *args, kind="vision", **kwargs)
 
 
-def _aux_list(original: Callable[..., Any], config: Any, **kwargs: Any) -> list[Any]:
+def _takes_path(builder: Callable[..., Any]) -> bool:
+    return next(iter(inspect.signature(builder).parameters)) == TAKES_PATH
+
+
+def _aux_list(chooser: Chooser, config: Any, **kwargs: Any) -> list[Any]:
     """Cambrian's list of towers, each resampled to a number of tokens of its own; the order is kept."""
     from llava_genhancer.tower.tower import VisionTower
 
@@ -116,10 +214,13 @@ def _aux_list(original: Callable[..., Any], config: Any, **kwargs: Any) -> list[
     numbers = _first(config, "mm_vision_tower_aux_token_len_list", "vision_tower_aux_token_len_list")
     towers: list[Any] = []
     for name, number in zip(names, numbers):  # noqa: B905 - as the fork does
-        if _ours(name):
-            towers.append(VisionTower(name, config, num_tokens=number, **kwargs))
-        else:
-            towers.extend(original(_OneTower(config, name, number), **kwargs))
+        one = _OneTower(config, name, number)
+        call = functools.partial(chooser.original, one, **kwargs)
+        replaces, built = chooser.replaces(name, one, call) if _ours(name) else (False, call())
+        if replaces:
+            built = [VisionTower(name, config, num_tokens=number, **kwargs)]
+            chooser.built.append(name)
+        towers.extend(built)
     return towers
 
 
@@ -132,11 +233,19 @@ class _OneTower:
         self.mm_vision_tower_aux_token_len_list = self.vision_tower_aux_token_len_list = [number]
 
 
-def _factory(original: Callable[..., Any], vision_tower_name: str) -> Any:
+def _factory(chooser: Chooser, vision_tower_name: str) -> Any:
     """TinyLLaVA Factory's choice of a class by ``name`` or ``name:path``."""
     from llava_genhancer.tower.tinyllava import FactoryTower
 
-    return FactoryTower if _ours(vision_tower_name.split(":")[-1]) else original(vision_tower_name)
+    path = vision_tower_name.split(":")[-1]
+    if not _ours(path):
+        return chooser.original(vision_tower_name)
+    call = functools.partial(chooser.original, vision_tower_name)
+    replaces, own = chooser.replaces(path, None, call, vision_tower_name)
+    if not replaces:
+        return own
+    chooser.built.append(path)
+    return FactoryTower
 
 
 def _first(config: Any, name: str, other: str) -> Any:
@@ -155,20 +264,15 @@ _FACTORY_CHOICES: dict[str, Callable[..., Any]] = {"VisionTowerFactory": _factor
 
 
 def _is_builder(name: str) -> bool:
-    # `a.model.vision_tower` of another project may be anything: only a factory inside makes it TinyLLaVA's.
-    return name.endswith(BUILDER) or (name.endswith(FACTORY) and hasattr(sys.modules.get(name), "VisionTowerFactory"))
+    # A module of such a name in another project may be anything, and is left alone without a function known here.
+    known = _CHOICES if name.endswith(BUILDER) else _FACTORY_CHOICES if name.endswith(FACTORY) else ()
+    return any(hasattr(sys.modules.get(name), function) for function in known)
 
 
 def _patch(module: ModuleType) -> None:
-    """Put choosers into a builder module, and wherever else its functions are bound."""
+    """Replace a builder module's functions by choosers, there and wherever else they are bound."""
     choices = _CHOICES if module.__name__.endswith(BUILDER) else _FACTORY_CHOICES
-    found = [name for name in choices if hasattr(module, name)]
-    if not found:
-        raise InputError(
-            f"{module.__name__} is not laid out like a fork that is known here: looked for {describe_layouts()}. "
-            "A CLIP tower may still go in by its path; see `llava-genhancer doctor --fork DIR --tower DIR`"
-        )
-    for name in found:
+    for name in (name for name in choices if hasattr(module, name)):
         original = getattr(module, name)
         if isinstance(original, Chooser):
             continue

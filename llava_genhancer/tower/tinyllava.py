@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.tower.export import is_tower, verify_tower
+from llava_genhancer.tower.export import VISION_MODELS, is_tower, verify_tower
 from llava_genhancer.tower.processor import build_processor
-from llava_genhancer.tower.tower import VISION_MODELS, hidden_state, load_vision_model, naflex_inputs, read_config
+from llava_genhancer.tower.tower import hidden_state, load_vision_model, naflex_inputs, read_config
 
 
 class FactoryTower(nn.Module):
@@ -63,8 +63,10 @@ class FactoryTower(nn.Module):
         """Images (B, 3, H, W) to features (B, N, D) of ``vision_feature_layer`` (default -2)."""
         inputs = naflex_inputs(x, self.config.patch_size) if self.model_type == "siglip2" else (x,)
         features = hidden_state(self._vision_tower, inputs, kwargs.get("vision_feature_layer", -2))
-        patch = kwargs.get("vision_feature_select_strategy", "patch") == "patch"
-        return features[:, 1:] if patch and self.model_type == "clip" else features
+        tokens = kwargs.get("vision_feature_select_strategy", "patch")
+        if tokens not in ("patch", "cls_patch"):
+            raise InputError(f"vision_feature_select_strategy {tokens!r} is unknown: choose patch or cls_patch")
+        return features[:, 1:] if tokens == "patch" and self.model_type == "clip" else features
 
     @property
     def vision_tower(self) -> nn.Module:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.tower.export import read_marker, verify_tower
+from llava_genhancer.tower.export import FIRST_TRANSFORMERS, VISION_MODELS, read_marker, verify_tower
 from llava_genhancer.tower.multiscale import multiscale, resize_tokens
 from llava_genhancer.tower.processor import build_processor
 
-VISION_MODELS = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel", "siglip2": "Siglip2VisionModel"}
+# Layers whose hidden states LLaVA-NeXT joins for mm_vision_select_feature slice_m25811_f6_*.
+_SLICED = (-2, -5, -8, -11, 6)
 
 
 class VisionTower(nn.Module):
@@ -31,19 +32,24 @@ class VisionTower(nn.Module):
     Args:
         vision_tower: one of our tower folders.
         args: a fork's config or model arguments. Read are ``mm_vision_select_layer`` (default -2),
-            ``mm_vision_select_feature`` ("patch" or "cls_patch"), what asks for a tower that learns
+            ``mm_vision_select_feature`` ("patch" or "cls_patch", or LLaVA-NeXT's ``slicefour_`` or
+            ``slice_m25811_f6_`` before either, which join several layers' features), what asks for a tower that learns
             (``unfreeze_mm_vision_tower``, ``mm_tunable_parts``), and S2's ``s2`` or ``use_s2``, ``dynamic_s2``,
             ``s2_scales``, ``s2_max_split_size``, ``s2_resize_output_to_scale_idx``.
         delay_load: read the config only; :meth:`load_model` loads the weights later.
         num_tokens: resample the patches to this square number (Cambrian's ``-interpN``).
+        kwargs: what else a fork's builder passes; ``cache_dir`` and options that are off are ignored.
 
     Raises:
         InputError: not a folder of ours or not as it was exported, a model this transformers does not know, or
             arguments that do not fit it.
     """
 
-    def __init__(self, vision_tower: str, args: Any, delay_load: bool = False, *, num_tokens: int | None = None):
+    def __init__(
+        self, vision_tower: str, args: Any, delay_load: bool = False, *, num_tokens: int | None = None, **kwargs: Any
+    ):
         super().__init__()
+        refuse_unknown("builds its tower", {k: v for k, v in kwargs.items() if k != "cache_dir"})
         self.vision_tower_name = str(vision_tower)
         self.is_loaded = False
         self.model_type, self._config = read_config(self.vision_tower_name)
@@ -63,12 +69,17 @@ class VisionTower(nn.Module):
         if not delay_load or learns or "mm_vision_tower" in _given(args, "mm_tunable_parts", ""):
             self.load_model()
 
-    def load_model(self, device_map: Any = None) -> None:
+    def load_model(self, device_map: Any = None, **kwargs: Any) -> None:
         """Load and check the weights and the image processor; the second call does nothing.
 
         Args:
             device_map: as in transformers, except that the tower always goes to one device as a whole.
+            kwargs: what else a fork passes; must be off (None, False or empty).
+
+        Raises:
+            InputError: the folder is not as it was exported, or an option is on that this class does not have.
         """
+        refuse_unknown("loads its tower", kwargs)
         if self.is_loaded:
             return
         verify_tower(self.vision_tower_name)
@@ -82,26 +93,38 @@ class VisionTower(nn.Module):
         self.vision_tower.config.image_size = self.image_size  # NaFlex configs count patches instead
         self.is_loaded = True
 
-    def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    def forward(
+        self, images: Tensor | list[Tensor], *args: Any, return_cls_token: bool = False, **kwargs: Any
+    ) -> Tensor | list[Tensor]:
         """Features of normalised images, in the images' dtype.
 
         Args:
             images: (B, 3, H, W), or a list of (3, H, W).
+            args: what else a fork passes by position; must be off (None, False or empty).
+            return_cls_token: keep the CLS token whatever ``mm_vision_select_feature`` is (ross).
+            kwargs: what else a fork passes by name; must be off.
 
         Returns:
-            (B, N, D), or a list of (1, N, D).
-        """
-        if isinstance(images, list):
-            return [self._encode(image.unsqueeze(0)) for image in images]
-        return self._encode(images)
+            (B, N, D), or a list of (1, N, D); N + 1 tokens where the CLS is kept.
 
-    def _encode(self, images: Tensor) -> Tensor:
+        Raises:
+            InputError: images of another size, or an argument that this class cannot honour.
+        """
+        refuse_unknown("calls its tower", {**{f"argument {i}": a for i, a in enumerate(args, 2)}, **kwargs})
+        if return_cls_token and (self.model_type != "clip" or self.scales or self.num_tokens):
+            where = "on S2's or Cambrian's grid" if self.model_type == "clip" else f"in {self.model_type} models"
+            raise InputError(f"the fork calls its tower with return_cls_token=True, but there is no CLS token {where}")
+        if isinstance(images, list):
+            return [self._encode(image.unsqueeze(0), return_cls_token) for image in images]
+        return self._encode(images, return_cls_token)
+
+    def _encode(self, images: Tensor, with_cls: bool = False) -> Tensor:
         if self.scales and not self.dynamic_s2:
             return multiscale(self._features, images, self.scales, self.max_split_size, self.resize_output_to_scale_idx)
-        features = self._features(images)
+        features = self._features(images, with_cls)
         return features if self.num_tokens is None else resize_tokens(features, self.num_tokens)
 
-    def _features(self, images: Tensor) -> Tensor:
+    def _features(self, images: Tensor, with_cls: bool = False) -> Tensor:
         pixels = images.to(device=self.device, dtype=self.dtype)
         inputs = naflex_inputs(pixels, self.config.patch_size) if self.model_type == "siglip2" else (pixels,)
         if self.model_type != "siglip2" and pixels.shape[-2:] != (self.image_size, self.image_size):
@@ -110,21 +133,42 @@ class VisionTower(nn.Module):
                 f"images of {height} x {width} pixels reached a tower of {self.image_size} x {self.image_size}: "
                 "prepare them with the tower's own image_processor"
             )
-        hidden = hidden_state(self.vision_tower, inputs, self.select_layer)
-        if self.model_type == "clip" and self.select_feature == "patch":
+        hidden = hidden_state(self.vision_tower, inputs, *self.layers)
+        if self.model_type == "clip" and self.tokens == "patch" and not with_cls:
             hidden = hidden[:, 1:]  # SigLIP has no CLS to drop
         return hidden.to(images.dtype)
 
+    @property
+    def tokens(self) -> str:
+        """The tokens that ``mm_vision_select_feature`` asks for: "patch" or "cls_patch"."""
+        return self.select_feature.removeprefix("slicefour_").removeprefix("slice_m25811_f6_")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The hidden states whose features are joined, as indices into transformers' list."""
+        if self.select_feature.startswith("slicefour_"):
+            states = int(self._config.num_hidden_layers) + 1
+            return tuple(range(states // 4 + self.select_layer, states, states // 4)) if states >= 4 else ()
+        return _SLICED if self.select_feature.startswith("slice_m25811_f6_") else (self.select_layer,)
+
     def _check_selection(self) -> None:
         states = self._config.num_hidden_layers + 1
-        if not -states <= self.select_layer < states:
+        if self.tokens not in ("patch", "cls_patch"):
             raise InputError(
-                f"mm_vision_select_layer {self.select_layer} does not exist in {self.vision_tower_name}: "
-                f"choose {-states} to {states - 1}"
+                f"mm_vision_select_feature '{self.select_feature}' is unknown to llava_genhancer's class: choose "
+                "patch, cls_patch, or LLaVA-NeXT's slicefour_ or slice_m25811_f6_ before either"
             )
-        if self.select_feature not in ("patch", "cls_patch"):
-            raise InputError(f"mm_vision_select_feature '{self.select_feature}' is unknown: choose patch or cls_patch")
-        if self.model_type == "clip" and self.select_feature == "cls_patch" and (self.scales or self.num_tokens):
+        if self.select_feature.startswith("slicefour_") and (len(self.layers) != 4 or self.layers[0] < 0):
+            raise InputError(
+                f"mm_vision_select_feature {self.select_feature} joins 4 layers, but mm_vision_select_layer "
+                f"{self.select_layer} finds {len(self.layers)} of {self.vision_tower_name}'s {states - 1}: choose patch"
+            )
+        if not all(-states <= layer < states for layer in self.layers):
+            raise InputError(
+                f"mm_vision_select_layer {', '.join(map(str, self.layers))} does not exist in "
+                f"{self.vision_tower_name}: choose {-states} to {states - 1}"
+            )
+        if self.model_type == "clip" and self.tokens == "cls_patch" and (self.scales or self.num_tokens):
             raise InputError("mm_vision_select_feature cls_patch has no place on S2's or Cambrian's grid: choose patch")
 
     @property
@@ -147,8 +191,8 @@ class VisionTower(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        """D: the width of one token, times the number of scales under S2."""
-        return int(self.config.hidden_size) * max(len(self.scales), 1)
+        """D: the width of one token, times the number of joined layers, times the number of scales under S2."""
+        return int(self.config.hidden_size) * len(self.layers) * max(len(self.scales), 1)
 
     @property
     def image_size(self) -> int:
@@ -179,9 +223,11 @@ def read_config(folder: str) -> tuple[str, Any]:
     try:
         config = AutoConfig.from_pretrained(folder).vision_config
     except (OSError, ValueError, KeyError) as error:
-        hint = "; SigLIP2's NaFlex models need transformers 4.50 or newer" if model_type == "siglip2" else ""
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{folder}: transformers {__version__} cannot read its config ({reason}){hint}") from None
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"{folder}: transformers {__version__} cannot read its config ({reason}); {model_type} models need "
+            f"transformers {FIRST_TRANSFORMERS[model_type]} or newer"
+        ) from None
     if model_type == "siglip2":
         config.image_size = int(config.num_patches**0.5) * config.patch_size
     return model_type, config
@@ -210,7 +256,7 @@ def check_loaded(model: nn.Module, folder: str) -> None:
     """
     from safetensors import safe_open
 
-    # transformers 5 calls the vision model's parameters by the same names without the prefix.
+    # transformers 5 gives the vision model's parameters the same names without the prefix.
     prefix = "vision_model."
     left = {n if n.startswith(prefix) else prefix + n: p for n, p in model.named_parameters()}
     for name in read_marker(folder)["weights"]:
@@ -233,8 +279,54 @@ def _same(parameter: nn.Parameter, expected: Tensor) -> bool:
     return torch.equal(parameter.cpu(), expected.to(parameter.dtype))
 
 
-def hidden_state(model: Any, inputs: tuple[Tensor, ...], layer: int) -> Tensor:
-    """One of a vision model's hidden states, by its index in transformers' list, before any final norm.
+def check_names(folder: str) -> None:
+    """Compare the names and shapes in a tower's weight files with what its config.json asks for; reads no weights.
+
+    Raises:
+        InputError: a parameter is in no file or has another shape there, so it would stay random in a fork.
+    """
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModel
+
+    read_config(folder)
+    with _quietly(), torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+    left = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name in read_marker(folder)["weights"]:
+        with safe_open(str(Path(folder) / name), framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                shape = tuple(file.get_slice(key).get_shape())
+                expected = left.pop(key, shape)
+                if shape != expected:
+                    raise InputError(
+                        f"{Path(folder) / name}: {key} has shape {shape}, but config.json asks for {expected}: export "
+                        "the tower again"
+                    )
+    if left:
+        raise InputError(
+            f"{folder}: {min(left)} is in none of its weight files and would stay random ({len(left)} missing): export "
+            "the tower again"
+        )
+
+
+def refuse_unknown(does: str, given: dict[str, Any]) -> None:
+    """Refuse what a fork passes beyond this class's interface, unless it is off: None, False or empty.
+
+    Raises:
+        InputError: with the first argument that is on.
+    """
+    for name, value in given.items():
+        if value is None or value is False or (isinstance(value, (str, list, tuple, dict)) and not value):
+            continue
+        shown = value if isinstance(value, (str, int, float)) else type(value).__name__
+        raise InputError(
+            f"the fork {does} with {name}={shown}, "
+            "which llava_genhancer's class does not have: switch it off, or use a CLIP tower that the fork loads itself"
+        )
+
+
+def hidden_state(model: Any, inputs: tuple[Tensor, ...], *wanted: int) -> Tensor:
+    """A vision model's hidden states by their indices in transformers' list, before any final norm, joined in D.
 
     The last is taken from its layer: transformers 4.57 lists SigLIP's normalised output in its place.
     """
@@ -247,7 +339,8 @@ def hidden_state(model: Any, inputs: tuple[Tensor, ...], layer: int) -> Tensor:
         states = model(*inputs, output_hidden_states=True).hidden_states
     finally:
         handle.remove()
-    return last[0] if layer in (-1, len(layers)) else states[layer]
+    found = [last[0] if layer in (-1, len(layers)) else states[layer] for layer in wanted]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
 
 def naflex_inputs(pixels: Tensor, patch: int) -> tuple[Tensor, Tensor, Tensor]:
