@@ -35,6 +35,7 @@ NEW_NAMES = (
     "openai/{name}", "openai/clip-{name}", "google/{name}", "google/siglip-{name}",
     "openai/clip-enhanced", "google/siglip-enhanced",
 )  # fmt: skip
+_BOUND = r"""(?:===?|[<>~!]=?|@)\s*[^"'\s;#,]+"""
 _PACKAGE = Path(__file__).parents[2]
 _TRAINERS = ("train_fsdp", "train_mem", "train", "train_xformers")
 _EVALUATIONS = ("model_vqa_loader", "model_vqa", "run_llava")
@@ -278,7 +279,7 @@ def pin_of(path: Path, fork: Path) -> str:
                 text = (folder / name).read_text(encoding="utf-8", errors="replace")
             except OSError:
                 continue
-            found = re.search(r"(?<![\w.-])transformers\s*(?:\[[\w,]*\]\s*)?((?:===?|[<>~]=?|@)\s*[^\"'\s;#]+)", text)
+            found = re.search(rf"(?<![\w.-])transformers\s*(?:\[[\w,]*\]\s*)?({_BOUND}(?:\s*,\s*{_BOUND})*)", text)
             if found:
                 return f"transformers{found[1]}"
         if folder == fork:

@@ -140,17 +140,8 @@ def verify_tower(folder: str | os.PathLike) -> dict[str, Any]:
         InputError: a file is missing or was changed, or weights would stay random.
     """
     marker = read_marker(folder)
-    for name in ("config.json", *PROCESSOR_FILES):
-        found = _read_object(Path(folder) / name)
-        if name == "config.json" and found.get("model_type") != marker.get("model_type"):
-            raise InputError(
-                f"{Path(folder) / name}: model_type is {found.get('model_type')!r}, but {MARKER} lists "
-                f"{marker.get('model_type')!r}: export the tower again"
-            )
     if not marker["weights"]:
         raise InputError(f"{Path(folder) / MARKER} lists no weight files: export the tower again")
-    if not {"model.safetensors", "model.safetensors.index.json"} & set(os.listdir(folder)):
-        raise InputError(f"{folder} has no model.safetensors, which transformers loads: export the tower again")
     for name, expected in marker["weights"].items():
         path = Path(folder) / name
         if name != os.path.basename(name):
@@ -158,6 +149,14 @@ def verify_tower(folder: str | os.PathLike) -> dict[str, Any]:
         if not path.is_file() or _sha256(path) != expected:
             raise InputError(f"{path} is missing or not the file that was exported: export the tower again")
     check_keys(folder)
+    if not {"model.safetensors", "model.safetensors.index.json"} & set(os.listdir(folder)):
+        raise InputError(f"{folder} has no model.safetensors, which transformers loads: export the tower again")
+    found = {name: _read_object(Path(folder) / name) for name in ("config.json", *PROCESSOR_FILES)}
+    if found["config.json"].get("model_type") != marker.get("model_type"):
+        raise InputError(
+            f"{Path(folder) / 'config.json'}: model_type is {found['config.json'].get('model_type')!r}, but {MARKER} "
+            f"lists {marker.get('model_type')!r}: export the tower again"
+        )
     return marker
 
 

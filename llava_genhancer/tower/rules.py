@@ -81,7 +81,10 @@ class Rule:
     @property
     def takes_path(self) -> bool:
         """Whether the builder's first argument is the path (VILA) and not the config."""
-        arguments = self.definition.args.args
+        try:
+            arguments = self.definition.args.args
+        except Unpredictable:
+            return False
         return bool(arguments) and arguments[0].arg == TAKES_PATH
 
 
@@ -666,7 +669,10 @@ def tested_words(rule: Rule) -> tuple[str, ...]:
     """The words that a builder looks for in the path, in the order of the source."""
     if rule.function == FACTORY:
         return ()
-    return tuple(dict.fromkeys(_words(rule.definition, r"\.(starts|ends)with$")))
+    try:
+        return tuple(dict.fromkeys(_words(rule.definition, r"\.(starts|ends)with$")))
+    except Unpredictable:
+        return ()
 
 
 def _words(tree: ast.AST, calls: str = "$^") -> list[str]:
@@ -726,7 +732,10 @@ def returns_more(rule: Rule) -> str | None:
     """The fork's class whose forward returns more than features, so that no other class can take its place; or None."""
     if rule.function == FACTORY:
         return None
-    called = [n.func for n in ast.walk(rule.definition) if isinstance(n, ast.Call)]
+    try:
+        called = [n.func for n in ast.walk(rule.definition) if isinstance(n, ast.Call)]
+    except Unpredictable:
+        return None
     for name in dict.fromkeys(ast.unparse(function).rsplit(".", 1)[-1] for function in called):
         found = read_class(rule, name) if _is_class(name) else None
         if found is not None and found.returns_more:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fork_sources import write_fork
+from fork_sources import FORKS, Fork, write_fork
 
 from llava_genhancer.tower.export import save_tower
 
@@ -44,14 +44,14 @@ def towers(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 @pytest.fixture
-def fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+def fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | Fork], str]]:
     """Writes one of the forks where it can be imported, and forgets it, and every hook, afterwards."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     packages: list[str] = []
 
-    def make(name: str) -> str:
-        packages.append(write_fork(name, tmp_path))
+    def make(name: str | Fork) -> str:
+        packages.append(write_fork(FORKS[name] if isinstance(name, str) else name, tmp_path))
         importlib.invalidate_caches()
         return packages[-1]
 

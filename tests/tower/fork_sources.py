@@ -1,4 +1,7 @@
-"""Small forks of our own, each choosing its tower by the rule of the real one; the classes only remember their call."""
+"""Small forks of our own, each picking its tower class by the rule of the real one.
+
+Most classes only remember their call; the ``real`` ones load a CLIP, with what forks of forks add to LLaVA's class.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ CLASSES = {
 
         class CLIPVisionTower:
             model = CLIPVisionModel
+            config = SimpleNamespace(hidden_size=1)
 
             def __init__(self, name, args=None, **kwargs):
                 self.name, self.kwargs = name, kwargs
@@ -20,12 +24,60 @@ CLASSES = {
             def forward(self, hidden):
                 return hidden[:, 1:]
         """,
+    "real": """
+        import torch
+        from transformers import CLIPVisionModel
+
+
+        class CLIPVisionTower(torch.nn.Module):
+            def __init__(self, name, args, delay_load=False):
+                super().__init__()
+                self.name, self.layer = name, args.mm_vision_select_layer
+                self.feature = getattr(args, "mm_vision_select_feature", "patch")
+                self.vision_tower = CLIPVisionModel.from_pretrained(name)
+                self.config = self.vision_tower.config
+
+            @torch.no_grad()
+            def forward(self, images, return_cls_token=False):
+                states = self.vision_tower(images, output_hidden_states=True).hidden_states
+                sliced = [states[0], states[2]] if self.feature.startswith("slicefour_") else [states[self.layer]]
+                return torch.cat(sliced, dim=-1)[:, 0 if return_cls_token else 1 :]
+        """,
+    "pair": """
+        from transformers import CLIPVisionModel
+
+
+        class CLIPVisionTower:
+            model = CLIPVisionModel
+            config = SimpleNamespace(hidden_size=1)
+
+            def __init__(self, name, args=None, **kwargs):
+                self.name, self.kwargs = name, kwargs
+
+            def forward(self, hidden):
+                if hidden is None:
+                    return None, None
+                return hidden[:, 1:], hidden
+        """,
+    "own-siglip": """
+        class SigLipVisionModel:
+            pass
+
+
+        class SigLipVisionTower:
+            model = SigLipVisionModel
+            config = SimpleNamespace(hidden_size=1)
+
+            def __init__(self, name, args=None, **kwargs):
+                self.name, self.kwargs = name, kwargs
+        """,
     "siglip": """
         from transformers import SiglipVisionModel
 
 
         class SiglipVisionTower:
             model = SiglipVisionModel
+            config = SimpleNamespace(hidden_size=1)
 
             def __init__(self, name, args=None, **kwargs):
                 self.name, self.kwargs = name, kwargs
@@ -34,7 +86,9 @@ CLASSES = {
                 return hidden
         """,
 }
-CLASSES["siglip-cut"] = CLASSES["siglip"].replace("return hidden", "return hidden[:, 1:]")
+_CUT = "return hidden[:, 1:] if self.select == 'patch' else hidden if self.select == 'cls_patch' else None"
+CLASSES["siglip-cut"] = CLASSES["siglip"].replace("return hidden", _CUT)
+CLASSES["siglip-always-cut"] = CLASSES["siglip"].replace("return hidden", "return hidden[:, 1:]")
 CLASSES["clip-eva"] = CLASSES["clip"] + (
     "\n            def load_model(self):\n                return 'eva' in self.name.lower()\n"
 )
@@ -111,6 +165,57 @@ def build_vision_tower(model_name_or_path: str, config: PretrainedConfig) -> Pre
     config.mm_hidden_size = tower.config.hidden_size
     return tower
 """
+ROSS = BUNNY.replace('"sig" in', '"clip" in').replace('elif "clip" in', 'elif "siglip" in')
+ROSS = ROSS.replace("Siglip", "X").replace("CLIP", "Siglip").replace("X", "CLIP")
+BY_WORD = BY_EXISTENCE.replace("os.path.exists(name)", '"clip" in name')  # LISA, GLaMM
+PARROT = """
+
+def build_vision_tower(vision_tower_cfg, **kwargs):
+    name = getattr(vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None))
+    if "/clip-vit" in name:
+        return CLIPVisionTower(name, args=vision_tower_cfg, **kwargs)
+    elif "/siglip-so400m" in name:
+        return SigLipVisionTower(name, args=vision_tower_cfg, **kwargs)
+    else:
+        raise ValueError(f"Unknown vision tower: {name}")
+"""
+MGM = """
+
+def build_vision_tower(vision_tower_cfg, **kwargs):
+    name = getattr(vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None))
+    if not os.path.exists(name):
+        raise ValueError(f"Not found: {name}")
+    if "openai" in name.lower() or "ShareGPT4V" in name:
+        return CLIPVisionTower(name, args=vision_tower_cfg, **kwargs)
+    raise ValueError(f"Unknown vision tower: {name}")
+"""
+TABLE = """
+TOWERS = {"clip": CLIPVisionTower, "siglip": SiglipVisionTower}
+
+
+def build_vision_tower(vision_tower_cfg, **kwargs):
+    name = vision_tower_cfg.mm_vision_tower
+    kinds = ("siglip", "clip")
+    if not any(kind in name.lower() for kind in kinds):
+        raise ValueError(name)
+    for kind, tower in TOWERS.items():
+        if kind in name.lower() and not (kind == "clip" and "siglip" in name.lower()):
+            return tower(name, args=vision_tower_cfg, **kwargs)
+"""
+UNREADABLE = """
+import re
+
+
+def build_vision_tower(vision_tower_cfg, **kwargs):
+    name = getattr(vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None))
+    if re.search("siglip|my_own", name):
+        return SiglipVisionTower(name, args=vision_tower_cfg, **kwargs)
+    if re.search("clip|eyes", name):
+        return CLIPVisionTower(name, args=vision_tower_cfg, **kwargs)
+    if "laion" in name:
+        return CLIPVisionTower(name, args=vision_tower_cfg, **kwargs)
+    raise ValueError(f"Unknown vision tower: {name}")
+"""
 FACTORY = """
 import importlib
 
@@ -174,23 +279,32 @@ FORKS = {
         "from transformers import PretrainedConfig, PreTrainedModel\n" + BOTH + VILA,
         ("clip", "siglip-cut"),
     ),
+    "ross": Fork("ross", "ross_arch", BOTH + ROSS, ("clip", "siglip")),
+    "GLaMM": Fork("glamm", "llava_arch", IMPORTS + BY_WORD, ("pair",)),
+    "Parrot": Fork("parrot", "parrot_arch", BOTH.replace("Siglip", "SigLip") + PARROT, ("clip", "own-siglip")),
+    "MGM": Fork("mgm", "llava_arch", IMPORTS + MGM, ("clip",)),
+    "of one table": Fork("table", "llava_arch", BOTH + TABLE, ("clip", "siglip")),
+    "always cut": Fork("cut", "llava_arch", BOTH + BUNNY, ("clip", "siglip-always-cut")),
     "TinyLLaVA": Fork("tinyllava", "modeling_tinyllava", FACTORY, (), "VisionTowerFactory"),
 }
 
 
-def write_fork(name: str, folder: Path) -> str:
+UNREADABLE_FORK = Fork("unreadable", "llava_arch", BOTH + UNREADABLE, ("real", "siglip"))
+
+
+def write_fork(fork: Fork, folder: Path) -> str:
     """Write a fork's package below ``folder``; its arch module imports the builder by value.
 
     Returns:
         The package's name.
     """
-    fork = FORKS[name]
     files = {"__init__.py": "", "model/__init__.py": ""}
+    remember = "from types import SimpleNamespace\n"
     if fork.function == "VisionTowerFactory":
-        files |= {"model/vision_tower/__init__.py": fork.builder, "model/vision_tower/known.py": KNOWN}
+        files |= {"model/vision_tower/__init__.py": fork.builder, "model/vision_tower/known.py": remember + KNOWN}
         files[f"model/{fork.arch}.py"] = "from .vision_tower import VisionTowerFactory\n"
     else:
-        classes = "\n".join(textwrap.dedent(CLASSES[kind]) for kind in fork.classes)
+        classes = remember + "\n".join(textwrap.dedent(CLASSES[kind]) for kind in fork.classes)
         files |= {"model/multimodal_encoder/__init__.py": "", "model/multimodal_encoder/towers.py": classes}
         files["model/multimodal_encoder/builder.py"] = fork.builder
         files[f"model/{fork.arch}.py"] = f"from .multimodal_encoder.builder import {fork.function}\n"
