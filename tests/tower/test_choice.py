@@ -283,7 +283,7 @@ def test_unknown_layout_and_bad_folders(
         fork_choice(str(tmp_path), str(tiny_clip))
     fork("LLaVA")
     fork("ShareGPT4V")
-    with pytest.raises(InputError, match="2 tower builders .* give the folder of one fork"):
+    with pytest.raises(InputError, match=r"2 tower builders .* give the folder of one fork"):
         fork_choice(str(tmp_path), str(towers["clip"]))
     assert fork_choice(str(tmp_path / "llava"), str(towers["clip"])).verdict == WORKS
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.launch import launch, run_main
+from llava_genhancer.launch import launch, main, run_main
 
 MakeFork = Callable[[str], str]
 TRAINER = """
 import dataclasses, json, pickle, sys
+from types import SimpleNamespace
 from ..model import llava_arch
 
 
@@ -29,6 +30,11 @@ def train(attention=None):
     chooser = type(llava_arch.build_vision_tower).__name__
     with open("said.json", "w") as f:
         json.dump({"argv": sys.argv, "attention": attention, "chooser": chooser}, f)
+    if "--vision_tower" in sys.argv:
+        tower = sys.argv[sys.argv.index("--vision_tower") + 1]
+        feature = sys.argv[-1] if "--mm_vision_select_feature" in sys.argv else "patch"
+        config = SimpleNamespace(mm_vision_tower=tower, mm_vision_select_layer=-2, mm_vision_select_feature=feature)
+        llava_arch.build_vision_tower(config)
 """
 MAIN = "\n\nif __name__ == '__main__':\n    train(attention='flash')\n"
 
@@ -68,6 +74,53 @@ def test_without_a_main_block_train_is_called(trainer: Path, tmp_path: Path, mon
     monkeypatch.setattr(sys, "argv", ["launch"])
     launch(["llava.train.train_mem"])
     assert json.loads((tmp_path / "said.json").read_text())["attention"] is None
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["--local_rank=0", "--help"]])
+def test_help_is_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(words)
+    captured = capsys.readouterr()
+    assert "python -m llava_genhancer.launch llava.train.train_mem" in captured.out
+    assert "evaluated with register() too" in captured.out
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "told"), [("siglip", "0", True), ("siglip", "1", False), ("clip", "0", False)]
+)
+def test_the_last_line_of_a_training_on_our_class_names_the_evaluation(
+    trainer: Path,
+    towers: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    rank: str,
+    told: bool,
+) -> None:
+    (tmp_path / "llava" / "eval").mkdir()
+    (tmp_path / "llava" / "eval" / "model_vqa.py").touch()
+    monkeypatch.setattr(sys, "argv", ["launch"])
+    monkeypatch.setenv("RANK", rank)
+    main(["llava.train.train_mem", "--vision_tower", str(towers[kind])])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "register()" in line]
+    assert len(lines) == told
+    if told:
+        assert str(towers[kind]) in lines[0]
+        assert "python -m llava_genhancer.launch llava.eval.model_vqa --model-path CHECKPOINT" in lines[0]
+
+
+def test_a_feature_that_our_class_lacks_is_one_line(
+    trainer: Path, towers: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["launch"])
+    words = ["llava.train.train_mem", "--vision_tower", str(towers["siglip"]), "--mm_vision_select_feature", "cls_only"]
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("llava_genhancer.launch: mm_vision_select_feature 'cls_only' is unknown")
+    assert error.count("\n") == 1
 
 
 def test_what_cannot_be_launched(trainer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

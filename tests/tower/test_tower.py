@@ -65,8 +65,90 @@ def test_features_are_the_models_own(towers: dict[str, Path], kind: str) -> None
     for beyond in (len(states), -len(states) - 1):
         with pytest.raises(InputError, match="does not exist"):
             VisionTower(str(towers[kind]), arguments(mm_vision_select_layer=beyond))
-    with pytest.raises(InputError, match="patch or cls_patch"):
-        VisionTower(str(towers[kind]), arguments(mm_vision_select_feature="slicefour_patch"))
+    for feature in ("cls", "slicefour_cls", "slice_x_patch", "slicefour"):
+        with pytest.raises(InputError, match=f"'{feature}' is unknown"):
+            VisionTower(str(towers[kind]), arguments(mm_vision_select_feature=feature))
+
+
+@pytest.fixture(scope="session")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Towers of 12 layers, enough for LLaVA-NeXT's joined layers."""
+    import transformers
+
+    from llava_genhancer.toyworld.models import build_clip_config, save_clip, save_siglip
+    from llava_genhancer.toyworld.tokenizer import write_tokenizer
+
+    folder = tmp_path_factory.mktemp("deep")
+    words = len(write_tokenizer(folder / "original-clip"))
+    torch.manual_seed(0)
+    clip = transformers.CLIPModel(build_clip_config(words, width=16, layers=12))
+    save_clip(clip, folder / "original-clip")
+    save_siglip(folder / "original-siglip")
+    config = transformers.SiglipConfig.from_pretrained(folder / "original-siglip")
+    config.vision_config.num_hidden_layers = 12
+    models = {"clip": clip, "siglip": transformers.SiglipModel(config)}
+    return {
+        kind: export.save_tower(model, folder / kind, source=str(folder / f"original-{kind}"), marker={})
+        for kind, model in models.items()
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize(("feature", "layers"), [("slicefour", [1, 4, 7, 10]), ("slice_m25811_f6", [11, 8, 5, 2, 6])])
+@pytest.mark.parametrize("tokens", ["patch", "cls_patch"])
+def test_llava_nexts_joined_layers(
+    deep: dict[str, Path], kind: str, feature: str, layers: list[int], tokens: str
+) -> None:
+    """LLaVA-NeXT joins these hidden states of 13 for select layer -2."""
+    import transformers
+
+    tower = VisionTower(str(deep[kind]), arguments(mm_vision_select_feature=f"{feature}_{tokens}"))
+    side = tower.image_size
+    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(3))
+    full = (
+        getattr(transformers, {"clip": "CLIPModel", "siglip": "SiglipModel"}[kind]).from_pretrained(deep[kind]).eval()
+    )
+    states = full.vision_model(pixels, output_hidden_states=True).hidden_states
+    expected = torch.cat([states[layer] for layer in layers], dim=-1)
+    expected = expected[:, 1:] if kind == "clip" and tokens == "patch" else expected
+    features = tower(pixels)
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+    assert tower.hidden_size == features.shape[-1] == tower.dummy_feature.shape[-1]
+
+
+def test_joined_layers_that_a_small_tower_lacks_are_refused(towers: dict[str, Path]) -> None:
+    for feature in ("slicefour_patch", "slice_m25811_f6_patch"):
+        with pytest.raises(InputError, match="mm_vision_select"):
+            VisionTower(str(towers["clip"]), arguments(mm_vision_select_feature=feature))
+
+
+@torch.no_grad()
+def test_what_forks_pass_beside_the_images(towers: dict[str, Path]) -> None:
+    """Options that are off change nothing, the CLS comes when asked for, and the rest is one clear line."""
+    off = {"cache_dir": "./cache_dir", "trust_remote_code": False, "load_pretrained": None}
+    clip = VisionTower(str(towers["clip"]), arguments(), delay_load=True, **off)
+    clip.load_model(device_map=None, pretrained=None, model_path="")
+    siglip = VisionTower(str(towers["siglip"]), arguments())
+    for tower, pixels in ((clip, images("clip")), (siglip, images("siglip"))):
+        torch.testing.assert_close(tower(pixels, return_cls_token=False), tower(pixels))
+        torch.testing.assert_close(tower(pixels, None, prompts=[], tgt_sizes=None), tower(pixels))
+        for args, kwargs in (((torch.ones(2),), {}), ((), {"top_down_prompts": ["x"]}), ((), {"num": 1})):
+            with pytest.raises(
+                InputError, match=r"the fork calls its tower with .* which llava_genhancer's class does not"
+            ):
+                tower(pixels, *args, **kwargs)
+        with pytest.raises(InputError, match="the fork loads its tower with pretrained=x"):
+            VisionTower(tower.vision_tower_name, arguments(), delay_load=True).load_model(pretrained="x")
+        with pytest.raises(InputError, match="the fork builds its tower with load_pretrained=True"):
+            VisionTower(tower.vision_tower_name, arguments(), delay_load=True, load_pretrained=True)
+    whole = clip(images("clip"), return_cls_token=True)
+    torch.testing.assert_close(whole[:, 1:], clip(images("clip")))
+    torch.testing.assert_close(clip(list(images("clip")), return_cls_token=True)[1], whole[1:2], atol=1e-5, rtol=1e-5)
+    with pytest.raises(InputError, match="there is no CLS token in siglip models"):
+        siglip(images("siglip"), return_cls_token=True)
+    with pytest.raises(InputError, match="there is no CLS token on S2's"):
+        VisionTower(str(towers["clip"]), arguments(s2=True))(images("clip"), return_cls_token=True)
 
 
 @torch.no_grad()
