@@ -23,7 +23,7 @@ from typing import Any, TypeGuard
 
 from llava_genhancer.errors import InputError
 from llava_genhancer.tower.export import VISION_MODELS, is_tower, read_marker, verify_tower
-from llava_genhancer.tower.rules import TAKES_PATH, Rule, Unpredictable, find_problem, predict, returns_more
+from llava_genhancer.tower.rules import TAKES_PATH, Rule, Unpredictable, find_expectation, find_problem, predict
 
 BUILDER = ".multimodal_encoder.builder"  # of every fork but one:
 FACTORY = ".model.vision_tower"  # TinyLLaVA Factory
@@ -74,11 +74,11 @@ class Chooser:
         if problem is None:
             verify_tower(path)
             return False, call()
-        more = returns_more(rule)
-        if more is not None:
+        expected = find_expectation(rule)
+        if expected is not None:
             raise InputError(
                 f"{rule.function} cannot build {path}: the fork's class {problem}, and llava_genhancer's class cannot "
-                f"replace it, since {more}.forward returns more than features; see `llava-genhancer doctor --fork`"
+                f"replace it: {expected}; see `llava-genhancer doctor --fork`"
             )
         return True, None
 

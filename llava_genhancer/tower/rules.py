@@ -575,6 +575,7 @@ class TowerClass:
         drops_first: they cut off the first token of the features.
         selects: they compare the feature selection with cls_patch.
         returns_more: forward always returns several values.
+        takes_more: forward requires more arguments than the images.
     """
 
     names: frozenset[str]
@@ -582,11 +583,15 @@ class TowerClass:
     drops_first: bool
     selects: bool
     returns_more: bool
+    takes_more: bool
 
 
 def read_class(rule: Rule, name: str) -> TowerClass | None:
     """Read a tower class from the file where the builder's imports find it, or None if no file defines it."""
-    return _read_class(rule.path, name, depth=0)
+    try:
+        return _read_class(rule.path, name, depth=0)
+    except RecursionError:
+        return None
 
 
 def _read_class(path: Path, name: str, depth: int) -> TowerClass | None:
@@ -603,13 +608,15 @@ def _read_class(path: Path, name: str, depth: int) -> TowerClass | None:
     forward = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "forward"), None)
     returns = [n.value for n in ast.walk(forward) if isinstance(n, ast.Return)] if forward else []
     more = bool(returns) and all(isinstance(r, ast.Tuple) and len(r.elts) > 1 for r in returns)
+    takes = forward is not None and len(forward.args.args) - len(forward.args.defaults) > 2  # self and the images
     for base in (ast.unparse(b).rsplit(".", 1)[-1] for b in node.bases):
         inherited = None if base == name else _read_class(file, base, depth + 1)
         if inherited is not None:
             names, words = names | inherited.names, words | inherited.words
             drops, selects = drops or inherited.drops_first, selects or inherited.selects
             more = more if forward else inherited.returns_more
-    return TowerClass(frozenset(names), frozenset(words), drops, selects, more)
+            takes = takes if forward else inherited.takes_more
+    return TowerClass(frozenset(names), frozenset(words), drops, selects, more, takes)
 
 
 def _locate(path: Path, name: str, depth: int) -> tuple[Path, ast.Module, ast.ClassDef] | None:
@@ -671,7 +678,7 @@ def tested_words(rule: Rule) -> tuple[str, ...]:
         return ()
     try:
         return tuple(dict.fromkeys(_words(rule.definition, r"\.(starts|ends)with$")))
-    except Unpredictable:
+    except (Unpredictable, RecursionError):
         return ()
 
 
@@ -728,16 +735,24 @@ def find_problem(
     return None
 
 
-def returns_more(rule: Rule) -> str | None:
-    """The fork's class whose forward returns more than features, so that no other class can take its place; or None."""
+def find_expectation(rule: Rule) -> str | None:
+    """What a fork expects of its towers beyond images in and features out, so that no other class can replace them.
+
+    Returns:
+        None if nothing; else a class whose forward always returns several values (GLaMM, FasterVLM), or, if every
+        class of the builder requires them, arguments beside the images (LLaVA-UHD).
+    """
     if rule.function == FACTORY:
         return None
     try:
-        called = [n.func for n in ast.walk(rule.definition) if isinstance(n, ast.Call)]
-    except Unpredictable:
+        called = [ast.unparse(n.func).rsplit(".", 1)[-1] for n in ast.walk(rule.definition) if isinstance(n, ast.Call)]
+    except (Unpredictable, RecursionError):
         return None
-    for name in dict.fromkeys(ast.unparse(function).rsplit(".", 1)[-1] for function in called):
-        found = read_class(rule, name) if _is_class(name) else None
-        if found is not None and found.returns_more:
-            return name
+    classes = {name: read_class(rule, name) for name in dict.fromkeys(called) if _is_class(name)}
+    found = {name: tower for name, tower in classes.items() if tower is not None}
+    for name, tower in found.items():
+        if tower.returns_more:
+            return f"the fork's {name}.forward returns more than features"
+    if found and all(tower.takes_more for tower in found.values()):
+        return f"the fork's {min(found)}.forward requires more than images"
     return None

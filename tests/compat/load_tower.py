@@ -22,9 +22,10 @@ def loaded(cls, folder):
 @torch.no_grad()
 def main(folder: str, inputs_file: str, outputs_file: str) -> None:
     from llava_genhancer.tower.export import verify_tower
-    from llava_genhancer.tower.tower import VisionTower
+    from llava_genhancer.tower.tower import VisionTower, check_names
 
     marker = verify_tower(folder)
+    check_names(folder)
     inputs = load_file(inputs_file)
     family = "CLIP" if marker["model_type"] == "clip" else "Siglip"
     full, full_keys = loaded(getattr(transformers, f"{family}Model"), folder)

@@ -89,6 +89,12 @@ CLASSES = {
 _CUT = "return hidden[:, 1:] if self.select == 'patch' else hidden if self.select == 'cls_patch' else None"
 CLASSES["siglip-cut"] = CLASSES["siglip"].replace("return hidden", _CUT)
 CLASSES["siglip-always-cut"] = CLASSES["siglip"].replace("return hidden", "return hidden[:, 1:]")
+CLASSES["needs-sizes"] = CLASSES["siglip"].replace("(self, hidden)", "(self, hidden, sizes)")
+CLASSES["needs-sizes"] = (
+    CLASSES["needs-sizes"]
+    .replace("SiglipVisionModel", "MyOwnVisionModel")
+    .replace("from transformers import MyOwnVisionModel", "MyOwnVisionModel = object")
+)
 CLASSES["clip-eva"] = CLASSES["clip"] + (
     "\n            def load_model(self):\n                return 'eva' in self.name.lower()\n"
 )
@@ -189,6 +195,14 @@ def build_vision_tower(vision_tower_cfg, **kwargs):
         return CLIPVisionTower(name, args=vision_tower_cfg, **kwargs)
     raise ValueError(f"Unknown vision tower: {name}")
 """
+UHD = """
+
+def build_vision_tower(vision_tower_cfg, **kwargs):
+    name = getattr(vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None))
+    if "siglip2" in name:
+        return SiglipVisionTower(name, args=vision_tower_cfg, **kwargs)
+    raise ValueError(f"Unknown vision tower: {name}")
+"""
 TABLE = """
 TOWERS = {"clip": CLIPVisionTower, "siglip": SiglipVisionTower}
 
@@ -284,6 +298,7 @@ FORKS = {
     "Parrot": Fork("parrot", "parrot_arch", BOTH.replace("Siglip", "SigLip") + PARROT, ("clip", "own-siglip")),
     "MGM": Fork("mgm", "llava_arch", IMPORTS + MGM, ("clip",)),
     "of one table": Fork("table", "llava_arch", BOTH + TABLE, ("clip", "siglip")),
+    "UHD": Fork("uhd", "llava_arch", BOTH.replace("CLIPVisionTower, ", "") + UHD, ("needs-sizes",)),
     "always cut": Fork("cut", "llava_arch", BOTH + BUNNY, ("clip", "siglip-always-cut")),
     "TinyLLaVA": Fork("tinyllava", "modeling_tinyllava", FACTORY, (), "VisionTowerFactory"),
 }

@@ -48,6 +48,8 @@ EXPECTED = {
     ("Parrot", "siglip"): (None, REGISTER),
     ("MGM", "clip"): (None, RENAME),
     ("MGM", "siglip"): (None, REGISTER),
+    ("UHD", "clip"): (None, IMPOSSIBLE),
+    ("UHD", "siglip"): (None, IMPOSSIBLE),
     ("of one table", "clip"): (None, RENAME),
     ("of one table", "siglip"): (None, RENAME),
     ("always cut", "clip"): (None, RENAME),
@@ -229,6 +231,7 @@ def test_siglip_in_a_fork_whose_transformers_lacks_it(
         assert choice.verdict == REGISTER
         assert "transformers" not in titles
     assert fork_choice(str(tmp_path), str(eyes["clip"])).verdict == WORKS
+    assert fork_choice(str(tmp_path / "share4v"), str(eyes["siglip"])).verdict == choice.verdict
 
 
 def test_vila_needs_cls_patch_with_the_launcher_too(fork: MakeFork, eyes: dict[str, Path], tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ TAKES_BY_PATH = {
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("name", [name for name in FORKS if name != "GLaMM"])
+@pytest.mark.parametrize("name", [name for name in FORKS if name not in ("GLaMM", "UHD")])
 def test_every_fork_builds_a_tower_that_loads_the_folder(
     towers: dict[str, Path], fork: MakeFork, name: str, when: str, kind: str
 ) -> None:
@@ -100,7 +100,7 @@ def test_everything_else_falls_through(fork: MakeFork, tiny_clip: Path, name: st
         return found
 
     before = answers()
-    assert any(isinstance(answer, tuple) for answer in before) or name == "MGM"
+    assert any(isinstance(answer, tuple) for answer in before) or name in ("MGM", "UHD")
     register()
     assert answers() == before
 
@@ -225,13 +225,17 @@ def test_a_builders_options_count(towers: dict[str, Path], fork: MakeFork, tmp_p
 def test_a_fork_that_expects_more_than_features_is_not_served(
     towers: dict[str, Path], fork: MakeFork, tmp_path: Path
 ) -> None:
-    """GLaMM's and FasterVLM's forward returns a pair; a tensor in its place would be taken apart in silence."""
+    """GLaMM's and FasterVLM's forward returns a pair: a tensor of two images would be taken apart in silence.
+    LLaVA-UHD's requires the patches' sizes."""
+    fork("UHD")
     fork("GLaMM")
     (tmp_path / "eyes").symlink_to(towers["clip"])
     register()
     for path in (str(towers["siglip"]), "eyes"):
         with pytest.raises(InputError, match="forward returns more than features"):
             build("GLaMM", path)
+        with pytest.raises(InputError, match="forward requires more than images"):
+            build("UHD", path)
     assert build("GLaMM", str(towers["clip"])).name == str(towers["clip"])
 
 
