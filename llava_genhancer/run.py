@@ -8,8 +8,6 @@ SHA-256; everything without one is a leftover of a crash.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -18,19 +16,20 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_genhancer import __version__
+from llava_genhancer import __version__, files
 from llava_genhancer.errors import InputError
 from llava_genhancer.fields import GUARD_FIELDS
+from llava_genhancer.files import sha256 as sha256
 from llava_genhancer.recipes import R, Recipe, differences, from_dict, to_dict
 
 MANIFEST = "manifest.json"
 MARKER = "complete.json"
+LOCK = ".lock"
 # Fields that may change between two starts of one run: they alter where or how often, never what is computed, or say
 # what to do where the run would end.
 HARMLESS_FIELDS = (
@@ -44,20 +43,9 @@ EXPORT_FIELDS = ("lora_scale", "merge_dtype")
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     """Write ``data`` to ``path`` so that a crash leaves the old file or the new one, never half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(fd, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with files.staged_file(path) as staging:
+        staging.write_bytes(data)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -84,27 +72,29 @@ def read_json(path: str | os.PathLike) -> Any:
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
 
 
-def sha256(path: str | os.PathLike) -> str:
-    """Hex SHA-256 of a file's content."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 # --- folders that count only when whole -------------------------------------------------------------------------
 
 
-def mark_complete(folder: str | os.PathLike, **facts: Any) -> None:
-    """Write the marker that makes ``folder`` count: every file below it with size and hash, and ``facts``."""
+def content(folder: str | os.PathLike) -> list[str]:
+    """Paths below ``folder`` of all files that a marker lists, sorted."""
     folder = Path(folder)
-    files = {
-        p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)}
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name != MARKER
-    }
-    for name in files:  # the marker must not reach the disk before what it vouches for
-        with open(folder / name, "rb") as f:
-            os.fsync(f.fileno())
-    write_json(folder / MARKER, {"facts": facts, "files": files})
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name != MARKER
+    )
+
+
+def mark_complete(
+    folder: str | os.PathLike, hashed: Mapping[str, Mapping[str, object]] | None = None, **facts: Any
+) -> None:
+    """Write the marker that makes ``folder`` count: every file below it with size and hash, and ``facts``.
+
+    Args:
+        hashed: what :func:`files.hash_files` gave of all files, which were synced; absent, they are hashed here.
+    """
+    folder = Path(folder)
+    if hashed is None:  # the marker must not reach the disk before the files that it lists
+        hashed = files.hash_files(folder, content(folder), sync=True)
+    write_json(folder / MARKER, {"facts": facts, "files": dict(hashed)})
 
 
 def complete_facts(folder: str | os.PathLike, *, verify: bool) -> dict[str, Any] | None:
@@ -113,8 +103,11 @@ def complete_facts(folder: str | os.PathLike, *, verify: bool) -> dict[str, Any]
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         for name, expected in marker["files"].items():
-            path = folder / name
-            if path.stat().st_size != expected["bytes"] or (verify and sha256(path) != expected["sha256"]):
+            if (folder / name).stat().st_size != expected["bytes"]:
+                return None
+        if verify:
+            hashed = files.hash_files(folder, list(marker["files"]))
+            if any(hashed[name]["sha256"] != expected["sha256"] for name, expected in marker["files"].items()):
                 return None
         return dict(marker["facts"])
     # A marker may hold anything after a crash.
@@ -195,15 +188,16 @@ def open_run(
     """
     run_dir = Path(run_dir)
     manifest = run_dir / MANIFEST
+    files.remove_leftovers(run_dir)
     if manifest.exists():
         changed = differences(recipe, recipe_of(run_dir, type(recipe)), ignore=ignore)
         # A run that was refused before it began has nothing to protect.
-        if changed and any(p.name not in (MANIFEST, ".lock") for p in run_dir.iterdir()):
+        if changed and _contents(run_dir) != {MANIFEST}:
             raise InputError(
                 f"{run_dir} holds a run of another recipe ({'; '.join(changed)}): choose another --output_dir, "
                 "or repeat the run's own recipe"
             )
-    elif run_dir.exists() and any(p.name != ".lock" for p in run_dir.iterdir()):
+    elif run_dir.exists() and _contents(run_dir):
         raise InputError(f"{run_dir} is not empty and has no {MANIFEST}: choose another --output_dir")
     try:
         old = read_json(manifest) if manifest.exists() else {}
@@ -222,6 +216,11 @@ def open_run(
         )
     except OSError as error:
         raise InputError(f"{run_dir} cannot be written: {error.strerror or error}") from None
+
+
+def _contents(run_dir: Path) -> set[str]:
+    """Names in a run folder, its lock's files aside."""
+    return {p.name for p in run_dir.iterdir() if not p.name.startswith((LOCK, f".{LOCK}."))}
 
 
 @typing.overload
@@ -243,8 +242,8 @@ def recipe_of(run_dir: str | os.PathLike, cls: type = Recipe) -> Any:
 
 
 @contextlib.contextmanager
-def exclusive(run_dir: str | os.PathLike) -> Iterator[None]:
-    """Hold the run folder's lock; it goes with the process, however that ends.
+def exclusive(run_dir: str | os.PathLike, name: str = LOCK) -> Iterator[None]:
+    """Hold a folder's lock ``name``; it goes with the process, however that ends.
 
     Raises:
         InputError: another process is working in the folder, or it cannot be created.
@@ -252,15 +251,7 @@ def exclusive(run_dir: str | os.PathLike) -> Iterator[None]:
     run_dir = Path(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        handle = open(run_dir / ".lock", "a+")  # noqa: SIM115 - held open for the lock's lifetime
     except OSError as error:
         raise InputError(f"{run_dir} cannot be created or written: {error.strerror or error}") from None
-    os.register_at_fork(after_in_child=handle.close)  # else a data worker that outlives a kill keeps the lock
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{run_dir} is in use by another process: wait for it, or choose another folder") from None
-        except OSError as error:
-            raise InputError(f"{run_dir} cannot be locked: {error.strerror or error}") from None
+    with files.locked(run_dir / name, str(run_dir)):
         yield

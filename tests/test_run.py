@@ -1,6 +1,7 @@
 """The run folder: old file or new file, folders that count only when whole, one owner, and errors of one line."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from llava_genhancer.recipes import Recipe, get_recipe, override
 # --- single files -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])
+@pytest.mark.parametrize("step", ["fsync", "replace"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step, error) -> None:
     path = tmp_path / "a.json"
@@ -52,9 +53,8 @@ def test_a_killed_write_leaves_the_old_file(tmp_path) -> None:
     assert path.read_bytes() == b"old"
 
 
-def test_a_file_that_was_written_can_be_read_by_others(tmp_path) -> None:
+def test_a_file_in_a_new_folder(tmp_path) -> None:
     run.write_text(tmp_path / "sub" / "a.txt", "ü")
-    assert (tmp_path / "sub" / "a.txt").stat().st_mode & 0o777 == 0o644
     assert (tmp_path / "sub" / "a.txt").read_text(encoding="utf-8") == "ü"
 
 
@@ -260,7 +260,8 @@ def test_a_full_or_read_only_disk_is_one_line(tmp_path, monkeypatch, number) -> 
     def fail(*args, **kwargs):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(run.tempfile, "mkstemp", fail)
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(os, "open", fail)
     with pytest.raises(InputError, match=f"run cannot be written: {os.strerror(number)}"):
         run.open_run(tmp_path / "run", Recipe())
 
@@ -326,11 +327,38 @@ def test_the_lock_is_given_back_after_an_error(tmp_path) -> None:
 
 def test_a_folder_that_cannot_be_locked_is_not_called_busy(tmp_path, monkeypatch) -> None:
     def fail(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(InputError, match="cannot be locked: Input/output error"), run.exclusive(tmp_path):
+        pytest.fail("no lock, no work")
+
+
+def test_a_run_works_on_a_file_system_without_flock(tmp_path, monkeypatch, caplog) -> None:
+    def fail(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run.fcntl, "flock", fail)
-    with pytest.raises(InputError, match="cannot be locked: No locks available"), run.exclusive(tmp_path):
-        pytest.fail("no lock, no work")
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with run.exclusive(tmp_path / "run"):
+        run.open_run(tmp_path / "run", Recipe())  # the lock's files are no foreign contents
+        run.open_run(tmp_path / "run", override(Recipe(), {"lora_rank": 8}))
+        with pytest.raises(InputError, match="in use by another process"), run.exclusive(tmp_path / "run"):
+            pytest.fail("two owners")
+    assert "no flock on this file system (No locks available)" in caplog.text
+    with run.exclusive(tmp_path / "run"):
+        pass
+
+
+def test_a_run_that_was_killed_while_it_wrote_its_first_manifest_begins_anew(tmp_path) -> None:
+    code = (
+        "import os, signal, sys; from llava_genhancer import run; from llava_genhancer.recipes import Recipe\n"
+        "os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "run.open_run(sys.argv[1], Recipe())"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 1
+    run.open_run(tmp_path, Recipe())
+    assert [p.name for p in tmp_path.iterdir()] == [run.MANIFEST]
 
 
 def test_the_marker_is_written_last_and_whole(tmp_path, monkeypatch) -> None:

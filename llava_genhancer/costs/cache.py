@@ -12,6 +12,7 @@ from llava_genhancer.costs.work import backbone_flops, target_size, vae_encoder_
 from llava_genhancer.recipes import Recipe
 
 ID_BYTES = 4  # int32
+CHECK_BYTES = 4  # the CRC-32 after each record
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Records:
     record_bytes: int
 
     def size(self, images: int) -> float:
-        """Bytes of so many images' records."""
-        return float(images) * self.crops * self.record_bytes
+        """Bytes on disk of so many images' records, with the checksum after each."""
+        return float(images) * self.crops * (self.record_bytes + CHECK_BYTES)
 
     def told(self, images: int | None) -> str:
         """Where the size comes from; None: the number of images is not known."""

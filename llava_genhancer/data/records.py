@@ -1,7 +1,7 @@
 """Records of frozen work on disk: one per sample and view, in files that count only when whole.
 
     FOLDER/facts.json  what the folder's name is the hash of
-    FOLDER/00012.bin   records of unit 12 in reading order, the K views of a sample side by side
+    FOLDER/00012.bin   records of unit 12 in reading order, the K views of a sample side by side, a CRC-32 after each
     FOLDER/00012.json  written last: the unit counts from then on
 
 A unit is a tar shard, or ``CHUNK`` items of a source that is read by number. This file reads; records_fill.py writes.
@@ -43,14 +43,14 @@ class Layer:
         shape: of one crop's record.
         dtype: of its numbers on disk.
         crops: K.
-        checked: a CRC-32 follows each record, of the record and of its image's size in bytes.
+        image_sizes: the CRC-32 after each record is of the record and of its image's size in bytes too.
     """
 
     folder: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
     crops: int
-    checked: bool = False
+    image_sizes: bool = False
 
     @property
     def record_bytes(self) -> int:
@@ -59,8 +59,8 @@ class Layer:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes that it takes on disk."""
-        return self.record_bytes + CHECK_BYTES * self.checked
+        """Bytes of one crop's record and its CRC-32 on disk."""
+        return self.record_bytes + CHECK_BYTES
 
     def file(self, unit: int, suffix: str) -> Path:
         """``.bin``: the records; ``.json``: keys and bad samples."""
@@ -78,26 +78,31 @@ class Layer:
         """The bytes of a record, uint8 (record_bytes,).
 
         Args:
-            image_bytes: the size of the image now, where records are checked.
+            image_bytes: the size of the image now, which counts where the layer has ``image_sizes``.
 
         Raises:
             BadImage: the sample could not be used when the cache was written.
-            InputError: the record is damaged, or its image another one since.
+            InputError: the record is damaged, or its image has another size than when the record was written.
         """
         path = self.file(unit, ".bin")
         with open(path, "rb", buffering=0) as file:
             file.seek((position * self.crops + crop) * self.stored_bytes)
             stored = bytearray(file.read(self.stored_bytes))
         data = stored[: self.record_bytes]
-        if data.count(BAD) == len(data):
+        bad = data.count(BAD) == len(data)
+        if stored != data + self.check(data, 0 if bad else image_bytes):
+            replaced = ", or its image was replaced" * self.image_sizes
+            raise InputError(
+                f"{path}: record {position} is damaged{replaced}: remove the file, then repeat the command"
+            )
+        if bad:
             raise BadImage(run.read_json(self.file(unit, ".json"))["bad"].get(str(position), "damaged cache"))
-        if self.checked and stored != data + self.check(data, image_bytes):
-            raise InputError(f"{path}: record {position} is damaged, or its image was replaced: remove the file")
         return torch.frombuffer(data, dtype=torch.uint8)
 
     def check(self, record: bytes | bytearray | memoryview, image_bytes: int) -> bytes:
-        """What follows a record on disk."""
-        return zlib.crc32(record, image_bytes & 0xFFFFFFFF).to_bytes(CHECK_BYTES, "little") if self.checked else b""
+        """The CRC-32 that follows a record on disk."""
+        start = image_bytes & 0xFFFFFFFF if self.image_sizes else 0
+        return zlib.crc32(record, start).to_bytes(CHECK_BYTES, "little")
 
     def numbers(self, records: Tensor) -> Tensor:
         """Records' bytes (B, record_bytes) as numbers (B, *shape): fp32, or long ids."""
@@ -130,11 +135,11 @@ def read_unit(source: Source, unit: int) -> Iterator[RawSample]:
 
 
 def open_layer(folder: Path, name: str, facts: dict[str, Any], dtype: torch.dtype, crops: int, **options: Any) -> Layer:
-    """The layer in ``folder`` that agrees in all ``facts`` (one of them the ``shape``); rank 0 writes them down."""
+    """Open the layer of ``folder`` with these ``facts``, one of them the ``shape``; rank 0 writes ``facts.json``."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     layer = Layer(folder / f"{name}-{digest}", tuple(facts["shape"]), dtype, crops, **options)
     layer.folder.mkdir(parents=True, exist_ok=True)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if int(os.environ.get("RANK", "0")) == 0 and not (layer.folder / "facts.json").exists():
         run.write_json(layer.folder / "facts.json", facts)
     return layer
 

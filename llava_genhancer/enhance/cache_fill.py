@@ -44,7 +44,7 @@ def open_cache(
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
             return enhancer.tokens(backbone.normalise(images)).float()
 
-    common = {"format": 1, "data": fingerprint(source), "seed": recipe.seed, "crops": recipe.cache_crops}
+    common = {"format": 2, "data": fingerprint(source), "seed": recipe.seed, "crops": recipe.cache_crops}
     common |= {"crop_scale": recipe.crop_scale, "crop_ratio": recipe.crop_ratio, "dtype": recipe.cache_dtype}
     common |= {"image_size": backbone.image_size, "units": units_of(source)}
     targets = {"weights": encoder_hash(target), "posterior": recipe.vae_posterior, "target_size": recipe.target_size}
@@ -73,6 +73,7 @@ def open_cache(
         batch_size=max(1, recipe.per_device_batch_size // crop.count),
         num_workers=recipe.num_workers,
         max_bad_fraction=recipe.max_bad_fraction,
+        timeout_minutes=recipe.timeout_minutes,
     )
     backbone.train()
     pixels = "tokens" not in layers

@@ -153,7 +153,7 @@ def open_features(
     source = IndexedSource(len(images), images)
     # The projector computes in bf16 in either case: rounding before it changes nothing.
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    layer = open_layer(folder, "features", facts, dtype, crops=1, checked=True)
+    layer = open_layer(folder, "features", facts, dtype, crops=1, image_sizes=True)
     fill(
         source,
         _OneView(dataset.view),
@@ -164,6 +164,7 @@ def open_features(
         batch_size=table.per_device_batch_size,
         num_workers=recipe.num_workers,
         max_bad_fraction=recipe.max_bad_fraction,
+        timeout_minutes=recipe.timeout_minutes,
     )
     return Features(images, layer)
 
