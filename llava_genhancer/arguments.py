@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
+from llava_genhancer.errors import print_error
 from llava_genhancer.fields import field_help, field_types, suggest, to_dict
 
 
@@ -17,8 +18,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**kwargs, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Say it and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        """Print the error once for all ranks, and exit with status 2."""
+        print_error(f"error: {message}", self.prog)
+        self.exit(2)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """argparse's own check, with the nearest choice."""

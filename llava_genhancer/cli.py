@@ -17,7 +17,7 @@ from llava_genhancer import __version__, recipes
 from llava_genhancer.ablate.grids import NAMES
 from llava_genhancer.arguments import Parser, Verbs, add_fields
 from llava_genhancer.enhance import commands as enhancing
-from llava_genhancer.errors import InputError, OneRankError, disk_failure, lost_rank, out_of_memory, reason
+from llava_genhancer.errors import InputError, disk_failure, lost_rank, out_of_memory, print_error, reason
 from llava_genhancer.evaluate import commands as measuring
 from llava_genhancer.llava import commands as training
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         status = _run(list(sys.argv[1:] if argv is None else argv))
     except InputError as error:
-        status = _fail(2, error, on_all_ranks=not isinstance(error, OneRankError))
+        status = _fail(2, error)
     except KeyboardInterrupt:
         status = _fail(130, "interrupted before there was anything to save")
     except BrokenPipeError:
@@ -68,10 +68,9 @@ def _known_failure(error: Exception) -> tuple[int, Exception | str] | None:
     return None
 
 
-def _fail(status: int, message: object, *, on_all_ranks: bool = False) -> int:
-    """Print one line; what all ranks say alike is said once."""
-    if not on_all_ranks or int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        print(f"llava-genhancer: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+def _fail(status: int, message: object) -> int:
+    """Print one line, once for all ranks with the same error, and return the status."""
+    print_error(message)
     return status
 
 

@@ -1,10 +1,16 @@
-"""The one exception a user is meant to read, and the words it takes from others."""
+"""The one exception that a user is meant to read, how it is printed, and what other libraries' exceptions mean."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import hashlib
+import json
 import os
 import re
+import sys
+import tempfile
+import time
 
 # What a full, read-only or forbidden disk answers.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
@@ -24,8 +30,74 @@ class InputError(ValueError):
         super().__init__(plain(str(message)))
 
 
-class OneRankError(InputError):
-    """An InputError that one rank may meet alone, so that it must speak for itself."""
+def print_error(message: object, program: str = "llava-genhancer") -> None:
+    """Print an error as one line on stderr, once for all ranks of this launch on this machine that have the same one.
+
+    Every rank that has an error calls this, so that an error of one rank alone is printed too. A leading "rank N: "
+    does not make two errors different.
+    """
+    line = " ".join(str(message).split())
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1") or _first_with(re.sub(r"^rank \d+:? ", "", line)):
+        print(f"{program}: {line}", file=sys.stderr, flush=True)
+
+
+_IMPORTED = time.time()
+
+
+def _started() -> float:
+    """Seconds since 1970 when this process began; all ranks of a launch begin before one of them can have an error."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no /proc on this system
+        with open("/proc/self/stat", encoding="utf-8") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        return boot + ticks / os.sysconf("SC_CLK_TCK")
+    return _IMPORTED
+
+
+def _first_with(line: str) -> bool:
+    """Whether no other rank of this launch has claimed ``line`` yet; claims it then.
+
+    Ranks that share a parent process and a rendezvous belong to one launch. A claim of a rank that repeats itself, or
+    from before this process began, is of an earlier launch. Ranks that fail need no process group for this: a claim is
+    a small file in the folder for temporary files. Where none can be written, every rank prints.
+    """
+    launch = [str(os.getppid())] + [
+        os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")
+    ]
+    rank = os.environ.get("RANK", "0")
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    name = hashlib.sha256("\n".join([*launch, line]).encode(errors="surrogatepass")).hexdigest()[:24]
+    folder = os.path.join(tempfile.gettempdir(), f"llava-genhancer-errors-{user}")
+    claim = os.path.join(folder, name)
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        _forget(folder)
+        for _ in range(10):
+            with contextlib.suppress(FileExistsError):
+                fd = os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(fd, "w") as file:
+                    file.write(json.dumps([rank]))
+                return True
+            with contextlib.suppress(FileNotFoundError):
+                with open(claim, encoding="utf-8") as file:
+                    told = file.read()
+                ranks = json.loads(told) if told else []  # empty: claimed a moment ago
+                if os.path.getmtime(claim) >= _started() and rank not in ranks:
+                    with open(claim, "w", encoding="utf-8") as file:
+                        file.write(json.dumps([*ranks, rank]))
+                    return False
+                os.unlink(claim)
+    except (OSError, ValueError):
+        pass
+    return True
+
+
+def _forget(folder: str) -> None:
+    """Remove claims that are more than an hour old."""
+    for entry in os.scandir(folder):
+        with contextlib.suppress(OSError):
+            if time.time() - entry.stat().st_mtime > 3600:
+                os.unlink(entry.path)
 
 
 def plain(text: str, longest: int = 1000) -> str:

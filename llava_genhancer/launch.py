@@ -25,7 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from llava_genhancer.errors import InputError
+from llava_genhancer.errors import InputError, print_error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         launch(list(sys.argv[1:] if argv is None else argv))
     except InputError as error:
-        print(f"llava_genhancer.launch: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print_error(error, "llava_genhancer.launch")
         sys.exit(2)
 
 

@@ -5,13 +5,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from llava_genhancer import __version__, cli, recipes
-from llava_genhancer.errors import InputError
+from llava_genhancer.errors import InputError, print_error
 
 HEAVY = ("torch", "transformers", "numpy", "PIL", "diffusers", "deepspeed", "datasets", "matplotlib", "torchdata")
 
@@ -138,10 +139,41 @@ def test_a_bug_keeps_its_traceback(monkeypatch) -> None:
         cli.main(["recipes", "tiny"])
 
 
-def test_only_the_first_rank_of_a_machine_repeats_a_mistake(capsys, monkeypatch) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    status, _, err = run_cli(capsys, "recipes", "tinny")
-    assert (status, err) == (2, "")
+def launch(tmp_path: Path, ranks: Sequence[int], *argv: str, **environment: str) -> list[str]:
+    """Run ranks of one launch of three at once, and return all lines of their stderr."""
+    common = {**os.environ, "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "29123", **environment}
+    command = [sys.executable, "-m", "llava_genhancer", *argv]
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**common, "TMPDIR": str(tmp_path), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ranks
+    ]
+    lines = [line for process in processes for line in process.communicate(timeout=120)[1].splitlines()]
+    assert [process.returncode for process in processes] == [2] * len(processes)
+    return lines
+
+
+@pytest.mark.parametrize("argv", [("recipes", "tinny"), ("recipes", "--jason")])
+def test_an_error_of_all_ranks_is_one_line_and_so_is_that_of_one_rank(tmp_path, argv) -> None:
+    for ranks in ([0, 1, 2], [2], [1], [0, 1, 2]):
+        (line,) = launch(tmp_path, ranks, *argv)
+        assert line.startswith("llava-genhancer")
+
+
+def test_two_errors_are_two_lines_and_a_rank_s_number_makes_no_other_error(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank, message in enumerate(("rank 0: disk full", "rank 1: disk full", "no data", "rank 3: disk full")):
+        monkeypatch.setenv("RANK", str(rank))
+        print_error(message)
+    assert capsys.readouterr().err == "llava-genhancer: rank 0: disk full\nllava-genhancer: no data\n"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere" / "\0"))
+    print_error("no data")
+    assert capsys.readouterr().err == "llava-genhancer: no data\n", "rather twice than never"
 
 
 def test_the_deepspeed_launchers_argument_is_ignored(capsys) -> None:

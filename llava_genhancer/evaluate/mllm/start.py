@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from llava_genhancer.errors import InputError, reason
+from llava_genhancer.errors import InputError, print_error, reason
 
 RUN_VARIABLE = "LLAVA_GENHANCER_RUN"
 # Where a checkpoint lies below what a user names: a checkpoint, a finetuning, a whole run.
@@ -45,9 +44,9 @@ def refusing() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        print(f"llava_genhancer: {error}", file=sys.stderr, flush=True)
+        print_error(error, "llava_genhancer")
         raise SystemExit(2) from None
     except Exception as error:
         traceback.print_exc()
-        print(f"llava_genhancer: {reason(error)}", file=sys.stderr, flush=True)
+        print_error(reason(error), "llava_genhancer")
         raise SystemExit(1) from None
