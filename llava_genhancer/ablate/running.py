@@ -26,6 +26,7 @@ from llava_genhancer.chain.steps import Choices, Step, pictured
 from llava_genhancer.engine import stage_result
 from llava_genhancer.enhance.stages import WEIGHTS
 from llava_genhancer.errors import InputError
+from llava_genhancer.files import staged_folder
 from llava_genhancer.recipes import Recipe, get_recipe, to_dict
 from llava_genhancer.toyworld.paths import cache_folder
 
@@ -264,18 +265,17 @@ def share_stage1(job: Job) -> Path | None:
         return None
     with run.exclusive(job.folder):
         run.open_run(job.folder, job.recipe)
-        source, scratch = twin / "stage1", job.folder / ".stage1"
-        for path in _results(source):
-            target = scratch / path.relative_to(source)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)
-            try:
-                os.link(path, target)
-            except OSError:  # no hard links here
-                target.write_bytes(path.read_bytes())
-        facts = run.read_json(source / "result.json")
-        run.write_json(scratch / "result.json", {**facts, "shared_with": os.path.relpath(source, job.folder)})
-        os.replace(scratch, own)
+        source = twin / "stage1"
+        with staged_folder(own) as staging:
+            for path in _results(source):
+                target = staging / path.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    os.link(path, target)
+                except OSError:  # no hard links here
+                    target.write_bytes(path.read_bytes())
+            facts = run.read_json(source / "result.json")
+            run.write_json(staging / "result.json", {**facts, "shared_with": os.path.relpath(source, job.folder)})
     return twin
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -30,7 +28,8 @@ from llava_genhancer.convert.companions import copy_tokenizer, read_preprocess, 
 from llava_genhancer.convert.open_clip import OpenClipSource
 from llava_genhancer.convert.weights import clip_rows, siglip_rows, to_hf, to_open_clip, without_text_prefix
 from llava_genhancer.errors import InputError
-from llava_genhancer.run import sha256, write_json
+from llava_genhancer.files import sha256, staged_folder
+from llava_genhancer.run import write_json
 from llava_genhancer.tower.export import MARKER, is_tower, save_tower
 
 log = logging.getLogger(__name__)
@@ -122,7 +121,7 @@ def _from_open_clip(
             _write_companions(Path(folder), source, config, like)
             marker = {"source": source.name, **facts, **_facts(source.weights, "open_clip", difference)}
             return save_tower(target.to(dtype), output_dir, source=folder, marker=marker)
-    with staging(output_dir) as folder:
+    with staged_folder(output_dir) as folder:
         if to == "openai":
             _write_openai(folder, source.model_cfg, open_clip.own_state(model), dtype)
         else:
@@ -156,7 +155,7 @@ def _from_hf(
             *(" and ".join(_activations(c)) for c in (hf_config(model_cfg), model.config)),
             difference,
         )
-    with staging(output_dir) as folder:
+    with staged_folder(output_dir) as folder:
         if to == "openai":
             _write_openai(folder, model_cfg, state, dtype)
         else:
@@ -248,22 +247,6 @@ def _write_openai(folder: Path, model_cfg: ModelCfg, state: dict[str, Tensor], d
         # As OpenAI's own files: embeddings, norms and the scale stay in fp32.
         whole = {n: v.to(dtype) if n.endswith(halved) else v for n, v in whole.items()}
     torch.save(whole, folder / OPENAI_WEIGHTS)
-
-
-@contextlib.contextmanager
-def staging(output_dir: Path) -> Iterator[Path]:
-    """A folder beside ``output_dir`` that takes its place when all went well."""
-    partial = output_dir.with_name(f".{output_dir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        shutil.rmtree(output_dir, ignore_errors=True)
-        os.replace(partial, output_dir)
-    except OSError as error:
-        raise InputError(f"{output_dir} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _finish(

@@ -9,8 +9,11 @@ counts alone, so they do not compare.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +22,11 @@ from llava_genhancer.convert import hf
 from llava_genhancer.convert.checkpoints import SUFFIXES
 from llava_genhancer.convert.convert import convert
 from llava_genhancer.errors import InputError
+from llava_genhancer.files import locked, staged_folder
 from llava_genhancer.tower.export import is_tower
+
+log = logging.getLogger(__name__)
+PATIENCE = 1800.0  # seconds to wait for another process's conversion
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,8 @@ RELEASED: dict[str, Release] = {
 def tower_folder(name: str) -> str:
     """A folder or hub id, as transformers or open_clip take it, for whatever a user may call a tower.
 
-    A name of :data:`RELEASED` is fetched and completed, a weight file converted, both once, into
-    ``$LLAVA_GENHANCER_CACHE/towers``; what is inside a hub repository
+    A name of :data:`RELEASED` is fetched and completed, a weight file converted, both once however many processes ask,
+    into ``$LLAVA_GENHANCER_CACHE/towers``; what is inside a hub repository
     (``hf://owner/name/folder``) is fetched; other names stay.
 
     Raises:
@@ -73,21 +80,43 @@ def tower_folder(name: str) -> str:
         raise InputError(f"{name} is no released tower: choose {', '.join(RELEASED)}")
     if name in RELEASED:
         release = RELEASED[name]
-        folder = _cache() / name.replace(":", "-")
-        if not is_tower(folder):
-            facts = {"method": release.method, "backbone": name.split(":")[1]}
-            convert(release.path, folder, like=release.like, facts=facts, overwrite=True)  # by another process, maybe
-        return str(folder)
+        facts = {"method": release.method, "backbone": name.split(":")[1]}
+        return str(
+            _converted(
+                _cache() / name.replace(":", "-"), lambda to: convert(release.path, to, like=release.like, facts=facts)
+            )
+        )
     path = Path(name).expanduser()
     if path.suffix in SUFFIXES and path.is_file():
         stat = path.stat()
         key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
-        folder = _cache() / f"{path.stem}-{key}"
         try:
-            return str(folder if is_tower(folder) else convert(str(path), folder, overwrite=True))
+            return str(_converted(_cache() / f"{path.stem}-{key}", lambda to: convert(str(path), to)))
         except InputError as error:
             raise InputError(f"{error} (of `llava-genhancer convert {name} --output_dir DIR`)") from None
     return hf.local(name)
+
+
+def _converted(folder: Path, write: Callable[[Path], object]) -> Path:
+    """Have ``write`` fill ``folder``, unless there is a tower; one process at a time, the others wait and use it.
+
+    Where the lock does not reach other hosts, or its holder takes longer than any conversion, several processes
+    convert: each into a folder of its own, and the first whole tower stays.
+    """
+    if is_tower(folder):
+        return folder
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder.with_name(f".{folder.name}.lock"), str(folder), wait=PATIENCE))
+        except OSError as error:
+            raise InputError(f"{folder} cannot be written: {error.strerror or error}") from None
+        except InputError as error:
+            log.warning("%s; converting without a lock", error)
+        if not is_tower(folder):
+            with staged_folder(folder, keep=is_tower) as staging:
+                write(staging)
+    return folder
 
 
 def _cache() -> Path:

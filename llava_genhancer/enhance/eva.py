@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from llava_genhancer import run
 from llava_genhancer.convert.architecture import has_timm_trunk, hf_config
-from llava_genhancer.convert.convert import staging
 from llava_genhancer.convert.open_clip import own_state, read_config, write_folder
 from llava_genhancer.enhance.backbones import OPEN_CLIP, VisionBackbone
 from llava_genhancer.errors import InputError
+from llava_genhancer.files import staged_folder
 from llava_genhancer.tower.export import MARKER, TOKENIZER_FILES, find_file, is_tower, read_marker
 
 
@@ -97,7 +97,7 @@ def save_open_clip(model: nn.Module, output_dir: Path, *, source: str, marker: d
     """
     if output_dir.exists() and any(output_dir.iterdir()) and not is_tower(output_dir):
         raise InputError(f"{output_dir} holds something that is not one of our towers: choose another folder")
-    with staging(output_dir) as folder:
+    with staged_folder(output_dir) as folder:
         write_folder(folder, *read_config(source), own_state(model), torch.float32)
         for name in TOKENIZER_FILES:
             if found := find_file(source, name):

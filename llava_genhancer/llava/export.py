@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from llava_genhancer import run
 from llava_genhancer.engine import read_trained, stage_result
 from llava_genhancer.errors import InputError
+from llava_genhancer.files import staged_folder
 from llava_genhancer.llava.checkpoint import Checkpoint, check_weights, raw_config
 from llava_genhancer.llava.hf import write_hf
 from llava_genhancer.llava.model import load_llm, read_config
@@ -127,13 +127,6 @@ def import_llava(
 @contextmanager
 def _written(folder: Path, facts: dict[str, Any]) -> Iterator[Path]:
     """A folder beside ``folder`` to write into; marked complete and moved there at the end."""
-    staging = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
+    with staged_folder(folder) as staging:
         yield staging
         run.mark_complete(staging, **facts)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -9,7 +9,6 @@ This module needs torch, transformers >= 4.37 and safetensors, and runs on Pytho
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_genhancer.errors import InputError
+from llava_genhancer.files import sha256, staged_folder
 
 MARKER = "llava_genhancer.json"
 VISION_MODELS = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel", "siglip2": "Siglip2VisionModel"}
@@ -47,22 +47,13 @@ def save_tower(model: Any, output_dir: str | os.PathLike, *, source: str, marker
     output_dir = Path(output_dir)
     if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / MARKER).exists():
         raise InputError(f"{output_dir} holds something that is not one of our towers: choose another folder")
-    staging = output_dir.with_name(f".{output_dir.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir(parents=True)
+    with staged_folder(output_dir) as staging:
         model.save_pretrained(staging, safe_serialization=True, max_shard_size="20GB")
         _copy_companions(source, staging)
-        weights = {p.name: _sha256(p) for p in sorted(staging.glob("*.safetensors"))}
+        weights = {p.name: sha256(p) for p in sorted(staging.glob("*.safetensors"))}
         facts = {"format": 1, "model_type": model.config.model_type, **marker, "weights": weights}
         (staging / MARKER).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         check_keys(staging)
-        shutil.rmtree(output_dir, ignore_errors=True)
-        os.replace(staging, output_dir)
-    except OSError as error:
-        raise InputError(f"{output_dir} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return output_dir
 
 
@@ -97,14 +88,6 @@ def find_file(source: str, name: str) -> str | None:
         _raise_exceptions_for_connection_errors=False,
     )
     return None if found is None else str(found)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def is_tower(folder: str | os.PathLike) -> bool:
@@ -146,7 +129,7 @@ def verify_tower(folder: str | os.PathLike) -> dict[str, Any]:
         path = Path(folder) / name
         if name != os.path.basename(name):
             raise InputError(f"{Path(folder) / MARKER} lists {name!r}, which is no name of a file in it")
-        if not path.is_file() or _sha256(path) != expected:
+        if not path.is_file() or sha256(path) != expected:
             raise InputError(f"{path} is missing or not the file that was exported: export the tower again")
     check_keys(folder)
     if not {"model.safetensors", "model.safetensors.index.json"} & set(os.listdir(folder)):

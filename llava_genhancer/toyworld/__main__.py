@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from llava_genhancer.files import settle_folder
 from llava_genhancer.toyworld import language, models, training
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen = [arguments.only] if arguments.only else list(TRAINED_HERE)
     if "llama" in chosen:
         language.save_llama(language.train_llama(seed=arguments.seed), arguments.output / "llama", half=True)
+        settle_folder(arguments.output / "llama")
     if chosen == ["llama"]:
         return
     world = training.render_pool(arguments.images, arguments.seed)
@@ -42,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         models.save_vae(training.train_vae(world, seed=arguments.seed), arguments.output / "vae", half=True)
     if "vq" in chosen:
         models.save_vae(training.train_vq(world, seed=arguments.seed), arguments.output / "vq", half=True)
+    settle_folder(arguments.output)
 
 
 if __name__ == "__main__":

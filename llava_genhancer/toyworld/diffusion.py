@@ -21,6 +21,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxTransf
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from llava_genhancer.files import settle_folder
 from llava_genhancer.toyworld import paths, scenes, training
 from llava_genhancer.toyworld.tokenizer import MAX_LENGTH, write_tokenizer
 
@@ -215,6 +216,7 @@ def main(argv: list[str] | None = None) -> None:
         flux = build_flux()
         train(flux, flux_loss, pool, seed=arguments.seed, steps=arguments.steps)
         save_flux(flux, arguments.output / "flux")
+    settle_folder(arguments.output)
 
 
 if __name__ == "__main__":

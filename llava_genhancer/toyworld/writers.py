@@ -6,9 +6,7 @@ import hashlib
 import io
 import json
 import logging
-import shutil
 import tarfile
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from llava_genhancer.errors import InputError
+from llava_genhancer.files import staged_folder
 from llava_genhancer.toyworld import benchmarks, questions, scenes, zero_shot
 from llava_genhancer.toyworld.paths import cache_folder, resolve
 
@@ -210,22 +209,9 @@ def _render(target: Path, write: Callable[[Path], object]) -> None:
     if _is_current(target):
         return
     logger.info("rendering the toy world's %s into %s", target.name, target)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        fresh, old = scratch / "new", scratch / "old"
-        fresh.mkdir()
+    with staged_folder(target, keep=_is_current) as fresh:
         write(fresh)
         (fresh / "world.sha256").write_text(_digest())
-        if target.exists() and not _is_current(target):
-            target.rename(old)
-        try:
-            fresh.rename(target)
-        except OSError:
-            # Another process was faster: a folder that is not empty is not replaced.
-            if not _is_current(target):
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def prepare(cache_dir: str | Path | None = None) -> ToyWorld:
@@ -248,9 +234,9 @@ def prepare(cache_dir: str | Path | None = None) -> ToyWorld:
         _render(folder / "benchmarks", lambda new: benchmarks.write_benchmarks(new, seed=7))
         _render(folder / "zero_shot_dev", lambda new: _write_zero_shot(new, "dev", seed=8))
         _render(folder / "zero_shot_test", lambda new: _write_zero_shot(new, "test", seed=9))
-    except OSError as error:
+    except (OSError, InputError) as error:
         raise InputError(
-            f"cannot write the toy world into {folder} ({error.strerror or error}); "
+            f"cannot write the toy world into {folder} ({getattr(error, 'strerror', None) or error}); "
             "set LLAVA_GENHANCER_CACHE to a folder that can be written"
         ) from error
     return ToyWorld(

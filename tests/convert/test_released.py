@@ -1,7 +1,11 @@
 """Names that stand for towers: weight files, others' releases, folders inside hub repositories."""
 
 import dataclasses
+import errno
+import fcntl
 import json
+import multiprocessing
+import os
 import re
 from pathlib import Path
 
@@ -17,6 +21,7 @@ from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate.paper import BACKBONES
 from llava_genhancer.evaluate.towers import load_tower
 from llava_genhancer.llava.model import load_tower as load_llava_tower
+from llava_genhancer.tower.export import is_tower, verify_tower
 
 
 @pytest.fixture
@@ -106,3 +111,82 @@ def test_the_papers_row_is_the_methods():
     assert result.paper is not None
     assert result.paper.average == 25.9
     assert dataclasses.replace(result, method=None).paper.average == 19.3
+
+
+def race(count: int, *arguments: object) -> list[str]:
+    """Ask for a tower in several processes at once; what each got, or how it failed."""
+    fork = multiprocessing.get_context("fork")
+    answers, start = fork.Queue(), fork.Barrier(count)
+
+    def ask() -> None:
+        torch.set_num_threads(1)
+        start.wait()
+        try:
+            folder = tower_folder(*arguments)
+            verify_tower(folder)
+            answers.put(folder)
+        except BaseException as error:
+            answers.put(repr(error))
+
+    processes = [fork.Process(target=ask) for _ in range(count)]
+    for process in processes:
+        process.start()
+    found = [answers.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join(60)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("locks", ["flock", "none", "of this host alone"])
+def test_processes_that_convert_one_file_at_once_all_get_a_whole_tower(weights, tmp_path, monkeypatch, locks):
+    def flock(*args):
+        if locks == "none":
+            raise OSError(errno.ENOLCK, "No locks available")
+
+    if locks != "flock":
+        monkeypatch.setattr(fcntl, "flock", flock)
+    converted = released.convert
+
+    def counted(*args, **kwargs):
+        (tmp_path / f"converted-{os.getpid()}").touch()
+        return converted(*args, **kwargs)
+
+    monkeypatch.setattr(released, "convert", counted)
+    found = race(3, str(weights))
+    assert len(set(found)) == 1, found
+    times = len(list(tmp_path.glob("converted-*")))
+    assert times == (3 if locks == "of this host alone" else 1), "one converts while the others wait"
+    left = {p.name for p in (tmp_path / "cache" / "towers").iterdir() if not p.name.endswith(".lock")}
+    assert left == {Path(found[0]).name}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_killed_conversion_leaves_nothing_that_counts_and_is_repeated(weights, tmp_path, monkeypatch):
+    pid = os.fork()
+    if not pid:
+        torch.set_num_threads(1)
+        monkeypatch.setattr("llava_genhancer.tower.export.check_keys", lambda folder: os.kill(os.getpid(), 9))
+        tower_folder(str(weights))
+    assert os.waitpid(pid, 0)[1] == 9
+    towers = tmp_path / "cache" / "towers"
+    assert not any(is_tower(p) for p in towers.iterdir() if not p.name.startswith("."))
+    assert list(towers.rglob("*.safetensors")), "it was killed in the middle"
+    folder = Path(tower_folder(str(weights)))
+    verify_tower(folder)
+    assert {p.name for p in towers.iterdir()} == {folder.name, f".{folder.name}.lock"}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("mask", [0o022, 0o007])
+def test_others_may_read_a_tower_as_the_umask_says(weights, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        folder = Path(tower_folder(str(weights)))
+        for kind in ("open_clip", "openai"):
+            convert(str(folder), tmp_path / kind, to=kind)
+    finally:
+        os.umask(before)
+    for each in (folder, tmp_path / "open_clip", tmp_path / "openai"):
+        for path in (each, *each.rglob("*")):
+            assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
