@@ -35,7 +35,7 @@ class Flow(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.guard.check()
-        if self.trainer.rank == 0:
+        if self.trainer.leads:
             self.trainer.write_history()
 
 

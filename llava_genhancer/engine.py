@@ -224,7 +224,7 @@ def finish_stage(trainer: ExactTrainer, final: Path, seconds: float, **facts: An
     if trainer.cpu_group is not None:
         reports = [None] * trainer.world_size
         dist.all_gather_object(reports, trainer.loader.report().to_dict(), group=trainer.cpu_group)
-    if trainer.rank == 0:
+    if trainer.leads:
         stage_dir, read = trainer.stage_dir, trainer.data_facts(_add_reports(reports))
         skipped = read["skipped"]
         weights = stage_dir / FINAL_FILE
@@ -253,7 +253,7 @@ def finish_stage(trainer: ExactTrainer, final: Path, seconds: float, **facts: An
                 **read,
                 "skipped_steps": trainer.guard.skipped,
                 "weights_bytes": weights.stat().st_size,
-                "weights_sha256": run.sha256(weights),
+                "weights_sha256": run.read_json(final / run.MARKER)["files"][FINAL_FILE]["sha256"],
             },
         )
         if skipped["skipped"]:

@@ -3,7 +3,7 @@
 Nothing here knows what is trained; a training gives a model whose forward returns the loss, and a loader with
 ``state_dict``/``load_state_dict``. The rules behind it: the loader never goes through ``accelerator.prepare`` (which
 would read rank 0's shards only), its state is saved per rank beside the RNG files, and a checkpoint's marker is written
-by rank 0 after a barrier.
+by one rank, on every disk, once every rank has hashed its share of the files.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -27,9 +30,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from llava_genhancer import run
+from llava_genhancer import files, run
 from llava_genhancer.callbacks import Flow, Progress
-from llava_genhancer.errors import InputError, OneRankError, disk_failure, reason
+from llava_genhancer.errors import InputError, disk_failure, reason
 from llava_genhancer.fields import Guards
 from llava_genhancer.guard import BadStep, LossGuard, LossSpike, NonFiniteLoss
 from llava_genhancer.watchdog import Watchdog, launcher
@@ -38,6 +41,8 @@ __all__ = ["BadStep", "ExactTrainer", "LossSpike", "NonFiniteLoss", "TrainingSto
 log = logging.getLogger(__name__)
 MODEL_FILE = "trained.safetensors"  # the trained weights of a checkpoint written without DeepSpeed
 FINAL_FILE = "weights.safetensors"  # fp32 result, inside the last checkpoint of a training
+# Files that a rank writes for itself: DeepSpeed's parts of the optimizer and, under ZeRO-3, of the model; noise; data.
+OF_ONE_RANK = re.compile(r"(?:zero_pp_rank_|rng_state_|loader_)(\d+)[._][^/]*$")
 GUARD_FILE = "guard.json"  # the loss guard's state, the same for all ranks
 
 
@@ -99,6 +104,8 @@ class ExactTrainer(Trainer):
         self.snapshot_steps = frozenset(snapshot_steps)
         self.stage_dir = Path(args.output_dir)
         self.rank, self.world_size = args.process_index, args.world_size
+        # By rank, the host; the ranks that share this one's disk, and the lowest of them; see _find_disks.
+        self.hosts, self.disk, self.leader = [""] * self.world_size, list(range(self.world_size)), 0
         # Flags and barriers travel on the CPU: they never wait for the device.
         distributed = dist.is_available() and dist.is_initialized() and self.world_size > 1
         patience = timedelta(seconds=args.ddp_timeout)
@@ -136,7 +143,7 @@ class ExactTrainer(Trainer):
         except InputError as error:
             if self.world_size == 1:
                 raise
-            raise OneRankError(f"rank {self.rank}: {error}") from None
+            raise InputError(f"rank {self.rank}: {error}") from None
         finally:
             self.loader.close()
             for signum, handler in handlers.items():
@@ -146,23 +153,56 @@ class ExactTrainer(Trainer):
             raise TrainingStopped(self.state.global_step, self.stop_signal or signal.SIGTERM)
         return self.stage_dir / f"checkpoint-{self.state.global_step}"
 
+    def _find_disks(self) -> None:
+        """Find out which ranks share a disk with this one, and who writes what is written once for a disk."""
+        if self.cpu_group is None:
+            return
+        self.stage_dir.mkdir(parents=True, exist_ok=True)
+        process = files.Process.current()
+        self.hosts = self._gathered(process.host)
+        names = self._gathered(f".disk-{self.rank}-{process}" if self.args.local_process_index == 0 else "")
+        mine = self.stage_dir / names[self.rank] if names[self.rank] else None
+        if mine is not None:
+            mine.touch()
+        self.barrier()
+        found = [rank for rank, name in enumerate(names) if name and (self.stage_dir / name).exists()]
+        leaders = self._gathered(min(found, default=self.rank))
+        if mine is not None:
+            mine.unlink(missing_ok=True)
+        self.leader = leaders[self.rank]
+        self.disk = [rank for rank, leader in enumerate(leaders) if leader == self.leader]
+        if len(set(leaders)) > 1:
+            log.info("rank %d: ranks %s share a disk", self.rank, self.disk)
+            self.args.save_on_each_node = self.leads  # Trainer: the local rank 0 writes too
+            if self.is_deepspeed_enabled:
+                settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+                settings.setdefault("checkpoint", {})["use_node_local_storage"] = True
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes what is written once for each disk."""
+        return self.rank == self.leader
+
     def _choose_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint, the same on every rank; later leftovers are removed."""
-        chosen: list[Any] = [None, None]
-        if self.rank == 0:
-            path = run.last_complete_checkpoint(self.stage_dir)
-            facts = run.complete_facts(path, verify=False) if path else None
-            step = int(path.name.split("-")[1]) if path else -1
+        """The newest checkpoint that is whole on every disk, the same on every rank; later leftovers are removed."""
+        self._find_disks()
+        whole = (p for p in run.checkpoints(self.stage_dir) if run.complete_facts(p, verify=False) is not None)
+        there = {int(p.name.split("-")[1]) for p in whole}
+        path, step = None, -1
+        for number in sorted(set.intersection(*self._gathered(there)), reverse=True):
+            folder = self.stage_dir / f"checkpoint-{number}"
+            if all(self._gathered(self._verified(folder))):
+                path, step = folder, number
+                break
+        if self.leads:
             for other in run.checkpoints(self.stage_dir):
                 if int(other.name.split("-")[1]) > step:
                     log.warning("removing %s: it is not whole (a crash while it was written, or damage since)", other)
                     shutil.rmtree(other, ignore_errors=True)
-            chosen = [path, facts]
-        if self.cpu_group is not None:
-            dist.broadcast_object_list(chosen, src=0, group=self.cpu_group)
-        path, facts = chosen
+        self.barrier()
         if path is None:
             return None
+        facts = run.complete_facts(path, verify=False) or {}
         changed = [f"{k} was {facts.get(k)}, is {v}" for k, v in self.facts.items() if facts.get(k) != v]
         if changed:
             raise InputError(
@@ -170,6 +210,90 @@ class ExactTrainer(Trainer):
             )
         log.info("resuming from %s", path)
         return path
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank."""
+        if self.cpu_group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.cpu_group)
+        return values
+
+    # --- hashing ---------------------------------------------------------------------------------------------------
+
+    def _share(self, sizes: dict[str, int]) -> list[str]:
+        """The files of a checkpoint that this rank hashes.
+
+        A rank's own files, which are in its host's memory still, are its own to hash. The others, which their disk's
+        leader has written, are divided among the ranks of its host.
+        """
+        loads = dict.fromkeys(self.disk, 0)
+        shares: dict[int, list[str]] = {rank: [] for rank in self.disk}
+        rest = []
+        for name, size in sizes.items():
+            found = OF_ONE_RANK.search(name)
+            if found and int(found[1]) in shares:
+                shares[int(found[1])].append(name)
+                loads[int(found[1])] += size
+            else:
+                rest.append(name)
+        helpers = [rank for rank in self.disk if self.hosts[rank] == self.hosts[self.leader]]
+        for name in sorted(rest, key=lambda name: (-sizes[name], name)):
+            rank = min(helpers, key=lambda rank: (loads[rank], rank))
+            shares[rank].append(name)
+            loads[rank] += sizes[name]
+        return shares[self.rank]
+
+    def _hash(self, folder: Path, names: list[str], doing: str, *, sync: bool) -> dict[str, Any]:
+        """Hash some files while the other ranks hash theirs, and return when all ranks are done (collective).
+
+        No rank is silent meanwhile: its watchdog hears of every byte that any rank has read.
+        """
+        read, lock = 0, threading.Lock()
+
+        def count(size: int) -> None:
+            nonlocal read
+            with lock:
+                read += size
+
+        ranks_here = self.hosts.count(self.hosts[self.rank])
+        threads = max(1, min(8, (os.cpu_count() or 1) // ranks_here))
+        with ThreadPoolExecutor(1, thread_name_prefix="hashing") as pool:
+            task = pool.submit(files.hash_files, folder, names, threads=threads, sync=sync, progress=count)
+            before = -1.0
+            while True:
+                wait([task], timeout=1.0)
+                busy = self._total(float(not task.done()))
+                total = self._total(float(read))
+                if total != before:
+                    self.watchdog.note(f"{doing} ({total / 1e9:.2f} GB so far, on all ranks)")
+                    before = total
+                if not busy:
+                    return task.result()
+
+    def _verified(self, folder: Path) -> bool:
+        """Whether this rank's share of a checkpoint's files has the hashes that the marker lists (collective)."""
+        try:
+            listed = run.read_json(folder / run.MARKER)["files"]
+            names = self._share({name: entry["bytes"] for name, entry in listed.items()})
+        except (InputError, LookupError, TypeError, AttributeError):
+            listed, names = {}, []
+        try:
+            hashed = self._hash(folder, names, f"verifying {folder.name}", sync=False)
+        except OSError:
+            return False
+        return bool(listed) and all(hashed[name]["sha256"] == listed[name].get("sha256") for name in names)
+
+    def _mark(self, folder: Path, **facts: Any) -> None:
+        """Let a checkpoint count, on every disk with the files that are there (collective)."""
+        sizes = {name: (folder / name).stat().st_size for name in run.content(folder)}
+        shares = self._gathered(self._hash(folder, self._share(sizes), f"hashing {folder.name}", sync=True))
+        if self.leads:
+            hashed = {name: entry for rank in self.disk for name, entry in shares[rank].items()}
+            # What one rank's listing lacked, as a network disk's may for a moment.
+            missing = [name for name in run.content(folder) if name not in hashed]
+            hashed |= files.hash_files(folder, missing, sync=True)
+            run.mark_complete(folder, dict(sorted(hashed.items())), **facts)
 
     def _on_signal(self, signum: int, frame: Any) -> None:
         if not self.stop_signal and self.rank == 0:
@@ -296,7 +420,7 @@ class ExactTrainer(Trainer):
     def trained_state(self) -> dict[str, Tensor]:
         """The trained weights in fp32 on the CPU, from the optimizer's master copy under DeepSpeed.
 
-        Every rank must call it; only rank 0 gets the tensors.
+        Every rank must call it; only one rank for each disk, mostly rank 0 alone, gets the tensors.
         """
         state = {}
         for name, parameter in self.model.named_parameters():
@@ -308,18 +432,18 @@ class ExactTrainer(Trainer):
 
                 value = safe_get_full_fp32_param(parameter)
             value = parameter if value is None else value
-            if self.rank == 0:
+            if self.leads:
                 state[name] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
         return state
 
     def save_trained(self, path: Path) -> None:
         """Write :meth:`trained_state` as safetensors (collective)."""
         state = self.trained_state()
-        if self.rank == 0:
+        if self.leads:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.partial")
-            save_file(state, partial, metadata={"format": "pt"})
-            os.replace(partial, path)
+            files.remove_leftovers(path.parent)
+            with files.staged_file(path) as staging:
+                save_file(state, staging, metadata={"format": "pt"})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trained weights only; under DeepSpeed the engine's own checkpoint holds them."""
@@ -327,7 +451,8 @@ class ExactTrainer(Trainer):
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             state = {n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
-            save_file(state, folder / MODEL_FILE, metadata={"format": "pt"})
+            with files.staged_file(folder / MODEL_FILE) as staging:
+                save_file(state, staging, metadata={"format": "pt"})
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_deepspeed_enabled:
@@ -344,13 +469,13 @@ class ExactTrainer(Trainer):
         with self._writing(folder):
             super()._save_checkpoint(model, trial)
             torch.save(self.loader.state_dict(), folder / f"loader_{self.rank}.pt")
-            if self.rank == 0:
+            if self.leads:
                 run.write_json(folder / GUARD_FILE, self.guard.state_dict())
             if step >= self.args.max_steps:
                 self.save_trained(folder / FINAL_FILE)
             self.barrier()
-            if self.rank == 0:
-                run.mark_complete(folder, step=step, **self.facts)
+            self._mark(folder, step=step, **self.facts)
+            if self.leads:
                 run.rotate_checkpoints(self.stage_dir, self.keep_checkpoints)
                 self.write_history()
             self.barrier()
@@ -392,7 +517,9 @@ class ExactTrainer(Trainer):
             return prepared
         folder = Path(resume_from_checkpoint)
         if self.is_deepspeed_enabled:  # not strict: frozen weights are not in the checkpoint
-            loaded, _ = self.model_wrapped.load_checkpoint(str(folder), load_module_strict=False)
+            # The tag by name: DeepSpeed's file `latest` is on rank 0's disk alone.
+            tag = next((p.name for p in folder.glob("global_step*")), None)
+            loaded, _ = self.model_wrapped.load_checkpoint(str(folder), tag, load_module_strict=False)
             if loaded is None:
                 raise InputError(f"{folder} holds no DeepSpeed checkpoint: it was written without --deepspeed")
         self._load_optimizer_and_scheduler(str(folder))

@@ -202,3 +202,24 @@ def test_masters_in_fp32_over_a_frozen_bf16_denoiser_resume_under_zero_2(precisi
         assert {value.dtype for value in learnt.values()} == {torch.float32}
         assert any(not torch.equal(value, value.bfloat16().float()) for value in learnt.values()), "no masters"
         assert not any(name.startswith("denoiser.") for name in learnt)
+
+
+@pytest.mark.parametrize("wrong", [{1}, {0, 1}])
+def test_an_error_before_training_is_one_line_and_ends_the_launch(images_folder, tmp_path, wrong: set[int]) -> None:
+    """Of the second rank alone, which nobody printed, and of all ranks."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, sys; from llava_genhancer import cli\n"
+        "cli.main(['enhance', 'tiny', '--output_dir', sys.argv[1], '--data', sys.argv[2 + int(os.environ['RANK'])]])"
+    )
+    data = [str(tmp_path / "nowhere" if rank in wrong else images_folder) for rank in range(2)]
+    done = subprocess.run(
+        [*TORCHRUN, str(script), str(tmp_path / "run"), *data],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    (line,) = (line for line in done.stderr.splitlines() if "llava-genhancer: " in line)
+    assert "nowhere" in line
