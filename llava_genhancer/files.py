@@ -106,7 +106,7 @@ def _start(pid: int) -> int | None:
 # --- staging ------------------------------------------------------------------------------------------------------
 
 
-def _beside(path: Path) -> Path:
+def beside(path: Path) -> Path:
     """A hidden name beside ``path`` that no other process or thread uses."""
     name = os.fsencode(path.name)
     stem = path.name if len(name) <= LONGEST_NAME else hashlib.sha256(name).hexdigest()[:16]
@@ -153,7 +153,7 @@ def staged_file(path: str | os.PathLike) -> Iterator[Path]:
     an exception ``path`` is as before, and nothing else is left.
     """
     path = Path(path)
-    staging = _beside(path)
+    staging = beside(path)
     mode = _create(staging)
     try:
         yield staging
@@ -179,7 +179,7 @@ def staged_folder(path: str | os.PathLike, *, keep: Callable[[Path], bool] | Non
         InputError: the folder cannot be written.
     """
     path = Path(path)
-    staging = _beside(path)
+    staging = beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent)
@@ -205,7 +205,7 @@ def settle_folder(folder: Path) -> None:
 
     Libraries set other modes: safetensors 0.8 writes files that their owner alone may read.
     """
-    probe = _beside(folder / "mode")
+    probe = beside(folder / "mode")
     mode = _create(probe)
     probe.unlink()
     for parent, _, names in os.walk(folder):
@@ -256,7 +256,7 @@ def _put(staging: Path, path: Path, keep: Callable[[Path], bool] | None) -> None
                 raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
         if keep is not None and keep(path):
             return
-        aside = _beside(path)
+        aside = beside(path)
         try:
             os.rename(path, aside)  # one step: nobody sees half a folder, as while it is being removed
         except FileNotFoundError:
@@ -366,7 +366,7 @@ def _lock_file(path: Path, subject: str, deadline: float) -> Iterator[None]:
 
 def _create_with(path: Path, content: str) -> bool:
     """Create a file with its content in one step; False if there is one already."""
-    staging = _beside(path)
+    staging = beside(path)
     _create(staging)
     try:
         staging.write_text(content, encoding="utf-8")
@@ -417,7 +417,7 @@ def _take_over(path: Path, holder: Mapping[str, object], mine: str) -> bool:
     try:
         if _read(path) != holder:
             return False
-        staging = _beside(path)
+        staging = beside(path)
         _create(staging)
         staging.write_text(mine, encoding="utf-8")
         os.replace(staging, path)

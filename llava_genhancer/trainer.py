@@ -158,9 +158,10 @@ class ExactTrainer(Trainer):
         if self.cpu_group is None:
             return
         self.stage_dir.mkdir(parents=True, exist_ok=True)
-        process = files.Process.current()
-        self.hosts = self._gathered(process.host)
-        names = self._gathered(f".disk-{self.rank}-{process}" if self.args.local_process_index == 0 else "")
+        files.remove_leftovers(self.stage_dir)
+        self.hosts = self._gathered(files.Process.current().host)
+        first = self.args.local_process_index == 0
+        names = self._gathered(files.beside(self.stage_dir / f"disk-{self.rank}").name if first else "")
         mine = self.stage_dir / names[self.rank] if names[self.rank] else None
         if mine is not None:
             mine.touch()

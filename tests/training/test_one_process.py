@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
 from pathlib import Path
 
@@ -82,6 +83,13 @@ def test_a_run_leaves_what_it_should(finished: Path, tiny_fields: dict) -> None:
         assert len(complete) == 2, "two checkpoints are kept, the last of them the final one"
         assert complete[-1] == f"checkpoint-{steps}"
     assert "Not measured yet" in (finished / "tower" / "README.md").read_text()
+
+
+def test_modes_of_all_that_a_run_leaves_follow_the_umask(finished: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (finished, *finished.rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
 
 
 def test_skipped_images_are_reported_at_the_end(tiny_fields, images_folder, tmp_path, caplog) -> None:
