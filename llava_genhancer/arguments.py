@@ -7,8 +7,9 @@ import json
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
-from llava_genhancer.errors import print_error
+from llava_genhancer.errors import InputError, print_error
 from llava_genhancer.fields import field_help, field_types, suggest, to_dict
+from llava_genhancer.files import expand
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,6 +29,14 @@ class Parser(argparse.ArgumentParser):
             near = suggest(str(value), map(str, action.choices))
             choices = ", ".join(map(str, action.choices))
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}{near} (choose from {choices})")
+
+
+def path(value: str) -> str:
+    """The ``type`` of every argument that is a path, or may be one: see :func:`llava_genhancer.files.expand`."""
+    try:
+        return expand(value)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 class Verbs:

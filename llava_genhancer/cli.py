@@ -15,7 +15,7 @@ from typing import Any
 
 from llava_genhancer import __version__, recipes
 from llava_genhancer.ablate.grids import NAMES
-from llava_genhancer.arguments import Parser, Verbs, add_fields
+from llava_genhancer.arguments import Parser, Verbs, add_fields, path
 from llava_genhancer.enhance import commands as enhancing
 from llava_genhancer.errors import InputError, disk_failure, lost_rank, out_of_memory, print_error, reason
 from llava_genhancer.evaluate import commands as measuring
@@ -105,11 +105,11 @@ def _parser() -> Parser:
 
     sub = verbs.add("doctor", _doctor, "Check this machine for a recipe, or what a LLaVA fork will do with a tower.")
     sub.add_argument("recipe", nargs="?", default="openai-l14-224")
-    sub.add_argument("--deepspeed", metavar="JSON", help="predict memory under this ZeRO stage")
+    sub.add_argument("--deepspeed", type=path, metavar="JSON", help="predict memory under this ZeRO stage")
     sub.add_argument("--gpus", type=int, help="predict for this many GPUs (default: those found here)")
-    sub.add_argument("--output_dir", metavar="RUN", default=".", help="where the run would go")
-    sub.add_argument("--fork", metavar="DIR", help="instead: a LLaVA fork's checkout, with --tower")
-    sub.add_argument("--tower", metavar="DIR", help="the tower folder that the fork is to take")
+    sub.add_argument("--output_dir", type=path, metavar="RUN", default=".", help="where the run would go")
+    sub.add_argument("--fork", type=path, metavar="DIR", help="instead: a LLaVA fork's checkout, with --tower")
+    sub.add_argument("--tower", type=path, metavar="DIR", help="the tower folder that the fork is to take")
     add_fields(sub, recipes.Recipe())
 
     enhancing.add_verbs(verbs)
@@ -125,12 +125,16 @@ def _parser() -> Parser:
     )
     sub.add_argument("ablation", choices=NAMES, metavar="ABLATION", help=", ".join(NAMES))
     sub.add_argument("--recipe", default="tiny", help="what cells start from (default: tiny)")
-    sub.add_argument("--output_dir", metavar="OUT", help="for OUT/CELL/seed-N and the page (default: runs/NAME-RECIPE)")
+    sub.add_argument(
+        "--output_dir", type=path, metavar="OUT", help="for OUT/CELL/seed-N and the page (default: runs/NAME-RECIPE)"
+    )
     sub.add_argument("--seeds", type=int, default=1, help="repeat every cell with this many seeds")
-    sub.add_argument("--mmvp", metavar="DIR", help="MMVP-VLM's folder (the toy world has its own)")
-    sub.add_argument("--zero_shot", metavar="DIR", help="folder of zero-shot data sets (the toy world has its own)")
-    sub.add_argument("--deepspeed", metavar="JSON", help="for trainings on GPUs (default: zero2)")
-    sub.add_argument("--hostfile", help="DeepSpeed's, for several machines")
+    sub.add_argument("--mmvp", type=path, metavar="DIR", help="MMVP-VLM's folder (the toy world has its own)")
+    sub.add_argument(
+        "--zero_shot", type=path, metavar="DIR", help="folder of zero-shot data sets (the toy world has its own)"
+    )
+    sub.add_argument("--deepspeed", type=path, metavar="JSON", help="for trainings on GPUs (default: zero2)")
+    sub.add_argument("--hostfile", type=path, help="DeepSpeed's, for several machines")
     sub.add_argument("--dry_run", action="store_true", help="print the plan and what it costs, do nothing")
     add_fields(sub, recipes.Recipe())
 
@@ -140,7 +144,7 @@ def _parser() -> Parser:
         "The whole chain in the toy world: enhance, train LLaVA without and with it, measure, report. No download, "
         "minutes on a CPU.",
     )
-    sub.add_argument("--output_dir", metavar="RUN", default="runs/tiny")
+    sub.add_argument("--output_dir", type=path, metavar="RUN", default="runs/tiny")
     sub.add_argument("--seeds", type=int, default=1, help="repeat with this many seeds and report over them")
     add_fields(sub, recipes.Recipe())
     return parser

@@ -9,6 +9,7 @@ from llava_genhancer.chain.needs import check_lmms_eval
 from llava_genhancer.chain.running import run
 from llava_genhancer.chain.steps import Choices, plan
 from llava_genhancer.errors import InputError
+from llava_genhancer.files import expand
 from llava_genhancer.recipes import get_recipe
 
 
@@ -23,6 +24,7 @@ def demo(fields: Mapping[str, str], output_dir: Path, *, seeds: int = 1) -> int:
     Returns:
         The exit status of the step that failed, or 0.
     """
+    output_dir = Path(expand(output_dir))
     if seeds < 1:
         raise InputError(f"--seeds {seeds}: one at least")
     check_lmms_eval()

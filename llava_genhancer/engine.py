@@ -26,6 +26,7 @@ from transformers import TrainingArguments
 from llava_genhancer import run
 from llava_genhancer.errors import InputError, plain, reason
 from llava_genhancer.fields import Guards
+from llava_genhancer.files import expand
 from llava_genhancer.resources import resource_dir
 from llava_genhancer.trainer import FINAL_FILE, ExactTrainer
 
@@ -36,6 +37,42 @@ DEEPSPEED_KEYS = (
     "bf16", "fp16", "gradient_accumulation_steps", "gradient_clipping", "optimizer", "scheduler", "train_batch_size",
     "train_micro_batch_size_per_gpu", "zero_optimization",
 )  # fmt: skip
+
+
+# Read by accelerate 1.15 and transformers 5.23 in place of arguments; `accelerate launch` sets them.
+_LAUNCHER_SETTINGS = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
+# They choose where and how loudly, never what is computed.
+_HARMLESS_SETTINGS = (
+    "ACCELERATE_CPU_AFFINITY",
+    "ACCELERATE_DEBUG_MODE",
+    "ACCELERATE_LOG_LEVEL",
+    "ACCELERATE_TORCH_DEVICE",
+)
+_SWITCHED_OFF = ("", "0", "1", "false", "no", "none")
+
+
+def drop_launcher_settings() -> dict[str, str]:
+    """Remove the environment variables by which accelerate changes precision, accumulation, plugins or compilation.
+
+    The recipe and ``--deepspeed`` alone decide these. Call before any weights are loaded: under
+    ``FSDP_CPU_RAM_EFFICIENT_LOADING`` transformers leaves the weights of all ranks but one unread.
+
+    Returns:
+        The variables that were removed, without those that switch nothing on.
+    """
+    found = [n for n in os.environ if n.startswith(_LAUNCHER_SETTINGS) and n not in _HARMLESS_SETTINGS]
+    values = {name: os.environ.pop(name) for name in sorted(found)}
+    return {name: value for name, value in values.items() if value.lower() not in _SWITCHED_OFF}
+
+
+def check_launcher_settings() -> None:
+    """:func:`drop_launcher_settings`, and name on rank 0 what was set and is ignored."""
+    ignored = drop_launcher_settings()
+    if ignored and os.environ.get("RANK", "0") == "0":
+        log.warning(
+            "ignored: %s; the recipe decides (--precision, --global_batch_size), and --deepspeed JSON",
+            ", ".join(f"{name}={value}" for name, value in ignored.items()),
+        )
 
 
 def check_deepspeed(path: str | None, guards: Guards | None = None) -> None:
@@ -50,6 +87,7 @@ def check_deepspeed(path: str | None, guards: Guards | None = None) -> None:
     """
     if path is None:
         return
+    path = expand(path)
     if not Path(path).is_file():
         raise InputError(
             f"--deepspeed {path} does not exist; {resource_dir('configs') / 'deepspeed'} has zero1, zero2, zero3 and "
@@ -118,6 +156,7 @@ def training_arguments(
         InputError: the global batch does not divide over ranks and micro-batches, or the JSON is not usable.
     """
     on_cpu = not torch.cuda.is_available()
+    deepspeed = None if deepspeed is None else expand(deepspeed)
     if deepspeed is not None and on_cpu:
         _prepare_deepspeed_on_cpu()
     steps = accumulation(global_batch_size, per_device_batch_size)
@@ -192,6 +231,7 @@ def forget() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    drop_launcher_settings()  # accelerate keeps its own plugins there for a next training
     AcceleratorState._reset_state(reset_partial_state=False)
     GradientState._reset_state()
 

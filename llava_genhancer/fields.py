@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -17,14 +18,38 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from llava_genhancer.errors import InputError
+from llava_genhancer.files import expand
 
 T = TypeVar("T")
 R = TypeVar("R")  # a recipe class: Recipe in recipes.py, LlavaRecipe in llava/recipes.py
 
 
-def option(default: T, help: str) -> T:
-    """A dataclass field with a default and the sentence that documents it (``--help`` and ``recipes`` print it)."""
-    return typing.cast(T, field(default=default, metadata={"help": help}))
+def option(default: T, help: str, *, path: Literal["path", "name"] | None = None) -> T:
+    """A dataclass field with a default and the sentence that documents it (``--help`` and ``recipes`` print it).
+
+    Args:
+        path: ``"path"`` for a file or folder, ``"name"`` for a path or else a model's hub id; see
+            :func:`resolve_paths`.
+    """
+    return typing.cast(T, field(default=default, metadata={"help": help, "path": path}))
+
+
+def resolve_paths(recipe: Any) -> None:
+    """Replace ``~`` and relative paths in a recipe's path fields, once, when the recipe is built.
+
+    A run's manifest so names the same files from every folder. Of a field that may hold a hub id, only what exists
+    here is made absolute; the field's default stays as written.
+
+    Raises:
+        InputError: ``~user`` names no user.
+    """
+    for f in dataclasses.fields(recipe):
+        kind, value = f.metadata.get("path"), getattr(recipe, f.name)
+        if kind is None or not value or value == f.default:
+            continue
+        value = expand(value)
+        named = value.startswith(("hf:", "{")) or (kind == "name" and not os.path.exists(value))
+        object.__setattr__(recipe, f.name, value if named else os.path.abspath(value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +165,7 @@ def suggest(name: str, known: typing.Iterable[str]) -> str:
 def _parse(name: str, value: Any, kind: Any) -> Any:
     """``value`` (a string from the command line, or a JSON value) as the field's type."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if origin in (types.UnionType, typing.Union):  # only `X | None` occurs
         if value is None or (isinstance(value, str) and value.lower() == "none"):
             return None

@@ -472,3 +472,21 @@ def hash_files(
         order = sorted(names, key=lambda name: -(folder / name).stat().st_size)
         tasks = {name: pool.submit(one, name) for name in order}
         return {name: tasks[name].result() for name in names}
+
+
+# --- paths as users write them ---------------------------------------------------------------------------------------
+
+
+def expand(path: str | os.PathLike) -> str:
+    """Return ``path`` with a leading ``~`` or ``~user`` replaced by the home folder; names and hub ids stay.
+
+    The shell leaves ``~`` alone in ``--output_dir=~/run``, in quotes and in JSON.
+
+    Raises:
+        InputError: ``~user`` names no user of this machine.
+    """
+    expanded = os.path.expanduser(os.fspath(path))
+    if expanded.startswith("~"):
+        user = expanded.partition("/")[0]
+        raise InputError(f"{path}: {user} is no user's home folder here; write ./{path} for a path of that name")
+    return expanded

@@ -7,6 +7,8 @@ import re
 import shutil
 from pathlib import Path
 
+from llava_genhancer.files import expand
+
 
 def free_bytes(path: str | os.PathLike) -> float:
     """Bytes that may still be written where ``path`` lies."""
@@ -33,7 +35,7 @@ def host_memory() -> float:
 
 def existing(path: str | os.PathLike) -> Path:
     """The nearest folder above ``path`` (or itself) that exists."""
-    there = Path(path).expanduser().absolute()
+    there = Path(expand(path)).absolute()
     while not there.is_dir() and there != there.parent:
         there = there.parent
     return there

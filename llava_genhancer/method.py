@@ -113,6 +113,7 @@ class Method:
         "openai/clip-vit-large-patch14",
         "folder or hub id of a CLIPModel, SiglipModel or Siglip2Model; EVA-CLIP's folder in open_clip's format; a "
         "weight file or released tower that `convert` takes",
+        path="name",
     )
     image_size: int | None = option(None, "training resolution in pixels; none = the backbone's own (ours)")
     condition: Literal["cls", "locals", "pooled"] = option(
@@ -134,17 +135,23 @@ class Method:
         "flow", "flow: FLUX-like, velocity of VAE latents; masked: Perceiver, VQ tokens; unet: Stable Diffusion's"
     )
     denoiser_weights: str | None = option(
-        None, "pretrained denoiser: diffusers folder or hub id; none = random init, as in the paper's light ones"
+        None,
+        "pretrained denoiser: diffusers folder or hub id; none = random init, as in the paper's light ones",
+        path="name",
     )
     denoiser_dtype: Literal["float32", "bfloat16"] = option(
         "float32", "a pretrained denoiser's weights (ours: bfloat16 halves a frozen one's memory)"
     )
     target_size: int | None = option(None, "pixels that the target tokenizer sees; none = image_size")
     vae: str = option(
-        "black-forest-labs/FLUX.1-dev", "AutoencoderKL: diffusers folder, hub id, or the single file ae.safetensors"
+        "black-forest-labs/FLUX.1-dev",
+        "AutoencoderKL: diffusers folder, hub id, or the single file ae.safetensors",
+        path="name",
     )
     vq: str = option(
-        "vqgan_imagenet_f16_16384.ckpt", "VQ-GAN: diffusers VQModel folder, or a checkpoint of taming or LlamaGen"
+        "vqgan_imagenet_f16_16384.ckpt",
+        "VQ-GAN: diffusers VQModel folder, or a checkpoint of taming or LlamaGen",
+        path="name",
     )
     vae_posterior: Literal["sample", "mean"] = option("sample", "target latent: a draw from the posterior, or its mean")
     vae_dtype: Literal["float32", "bfloat16"] = option(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.fields import Guards, option
+from llava_genhancer.fields import Guards, option, resolve_paths
 from llava_genhancer.method import Method
 
 PARTS = ("backbone", "projector", "denoiser")
@@ -61,8 +61,8 @@ class Training:
     """What a training reads and how it learns, whatever the method."""
 
     # Data.
-    data: str | None = option(None, "tar shards, image folder, HF dataset or LLaVA JSON")
-    image_folder: str | None = option(None, "root of the image paths in a LLaVA JSON")
+    data: str | None = option(None, "tar shards, image folder, HF dataset or LLaVA JSON", path="path")
+    image_folder: str | None = option(None, "root of the image paths in a LLaVA JSON", path="path")
     data_sharding: Literal["disjoint", "replicated"] = option(
         "disjoint", "ranks read different samples (ours), or all the same ones as in the reference"
     )
@@ -77,7 +77,7 @@ class Training:
         "disk (its cost is logged first); 0 computes fresh crops in every step, as the paper does (ours)",
     )
     cache_folder: str | None = option(
-        None, "where; runs of the same data, crops and weights share it; none = in the run"
+        None, "where; runs of the same data, crops and weights share it; none = in the run", path="path"
     )
     cache_dtype: Literal["float16", "float32"] = option(
         "float16", "numbers in the cache (ours: float16 halves the disk; float32 is exact)"
@@ -132,6 +132,7 @@ class Recipe(Guards, Training, Method):  # a field's place: the last base's come
     )
 
     def __post_init__(self) -> None:
+        resolve_paths(self)
         if self.keep_checkpoints < 2:
             raise InputError(f"keep_checkpoints={self.keep_checkpoints}: keep two at least, one may be half-written")
         if not 0 <= self.lora_scale <= 1:

@@ -24,6 +24,7 @@ from typing import Any
 from llava_genhancer import __version__, files
 from llava_genhancer.errors import InputError
 from llava_genhancer.fields import GUARD_FIELDS
+from llava_genhancer.files import expand
 from llava_genhancer.files import sha256 as sha256
 from llava_genhancer.recipes import R, Recipe, differences, from_dict, to_dict
 
@@ -43,7 +44,8 @@ EXPORT_FIELDS = ("lora_scale", "merge_dtype")
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     """Write ``data`` to ``path`` so that a crash leaves the old file or the new one, never half of it."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path = Path(expand(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
     with files.staged_file(path) as staging:
         staging.write_bytes(data)
 
@@ -65,7 +67,7 @@ def read_json(path: str | os.PathLike) -> Any:
         InputError: missing or malformed file, named.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(expand(path)).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:  # also numbers of a thousand digits, lists within lists
@@ -186,7 +188,7 @@ def open_run(
         InputError: the folder belongs to a run of another recipe (the differing fields are named), holds something
             else, or cannot be written.
     """
-    run_dir = Path(run_dir)
+    run_dir = Path(expand(run_dir))
     manifest = run_dir / MANIFEST
     files.remove_leftovers(run_dir)
     if manifest.exists():
@@ -229,7 +231,7 @@ def recipe_of(run_dir: str | os.PathLike) -> Recipe: ...
 def recipe_of(run_dir: str | os.PathLike, cls: type[R]) -> R: ...
 def recipe_of(run_dir: str | os.PathLike, cls: type = Recipe) -> Any:
     """The recipe, of class ``cls``, in a run folder, a manifest file, or the output of `recipes NAME --json`."""
-    path = Path(run_dir)
+    path = Path(expand(run_dir))
     path = path / MANIFEST if path.is_dir() else path
     manifest = read_json(path)
     values = manifest.get("recipe", manifest) if isinstance(manifest, dict) else None
@@ -248,7 +250,7 @@ def exclusive(run_dir: str | os.PathLike, name: str = LOCK) -> Iterator[None]:
     Raises:
         InputError: another process is working in the folder, or it cannot be created.
     """
-    run_dir = Path(run_dir)
+    run_dir = Path(expand(run_dir))
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

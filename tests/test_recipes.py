@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -114,8 +115,9 @@ def test_every_field_can_be_set_from_text_and_shows_as_a_difference(name) -> Non
         "target_size": ("512", 512),
         "local_count": ("76", 76),
         "mask_ratio": ("0.75, .75", [0.75, 0.75]),
-        "data": ("a/b c.tar", "a/b c.tar"),
-        "image_folder": ("~/x", "~/x"),
+        "data": ("a/b c.tar", os.path.abspath("a/b c.tar")),
+        "image_folder": ("~/x", os.path.expanduser("~/x")),
+        "cache_folder": ("other", os.path.abspath("other")),
         "stage1.trains": ("backbone,projector,denoiser", ["backbone", "projector", "denoiser"]),
         "stage2.trains": ("denoiser", ["denoiser"]),
         "stage1.snapshot_steps": ("5, 7", [5, 7]),

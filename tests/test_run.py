@@ -187,11 +187,11 @@ def test_the_manifest_repeats_the_run(tmp_path) -> None:
 def test_reopening_keeps_what_others_wrote_into_the_manifest(tmp_path) -> None:
     run.open_run(tmp_path, Recipe(), world_size=1)
     run.write_json(tmp_path / run.MANIFEST, {**run.read_json(tmp_path / run.MANIFEST), "evaluated": True})
-    run.open_run(tmp_path, override(Recipe(), {"data": "moved", "stage1.save_steps": 7}), world_size=4)
+    run.open_run(tmp_path, override(Recipe(), {"data": "/moved", "stage1.save_steps": 7}), world_size=4)
     manifest = run.read_json(tmp_path / run.MANIFEST)
     assert manifest["evaluated"] is True
     assert manifest["world_size"] == 4
-    assert manifest["recipe"]["data"] == "moved"
+    assert manifest["recipe"]["data"] == "/moved"
 
 
 def test_a_run_that_never_began_gives_way(tmp_path) -> None:

@@ -13,6 +13,7 @@ from llava_genhancer.ablate.running import SIGNALLED, Job, carry_out, plan, show
 from llava_genhancer.chain.steps import Choices
 from llava_genhancer.errors import InputError
 from llava_genhancer.fields import suggest
+from llava_genhancer.files import expand
 
 
 def ablate(
@@ -49,7 +50,7 @@ def ablate(
     """
     if name not in NAMES:
         raise InputError(f"no ablation '{name}'{suggest(name, NAMES)}; there are {', '.join(NAMES)}")
-    out = Path(output_dir).expanduser() if output_dir else Path("runs") / f"{name}-{recipe}"
+    out = Path(expand(output_dir)) if output_dir else Path("runs") / f"{name}-{recipe}"
     if name == DENSITIES:
         return _densities(out, dry_run)
     grid = GRIDS[name]

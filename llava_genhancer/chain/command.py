@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava_genhancer.arguments import path
 from llava_genhancer.chain.running import run, show
 from llava_genhancer.chain.steps import PRESETS, Choices, plan
 from llava_genhancer.errors import InputError
@@ -33,19 +34,27 @@ def parser() -> argparse.ArgumentParser:
         "scripts/slurm_enhance_then_llava.sh. tiny takes minutes on a CPU and downloads nothing.",
     )
     p.add_argument("preset", metavar="PRESET", help=", ".join(PRESETS))
-    p.add_argument("--output_dir", metavar="RUN", type=Path, help="run folder (default: runs/PRESET)")
+    p.add_argument("--output_dir", type=path, metavar="RUN", help="run folder (default: runs/PRESET)")
     p.add_argument("--recipe", metavar="NAME", help="how to enhance: another backbone or method, e.g. tiny-masked")
-    p.add_argument("--tower", metavar="DIR", help="use this tower: nothing is enhanced")
+    p.add_argument("--tower", type=path, metavar="DIR", help="use this tower: nothing is enhanced")
     p.add_argument("--baseline", action="store_true", help="train with the original tower too (tiny always does)")
-    p.add_argument("--data", metavar="PATH", help="images to enhance with: tar shards, folder, dataset or LLaVA's JSON")
-    p.add_argument("--mmvp", metavar="DIR", help="MMVP-VLM's folder; without it that step is left out")
-    p.add_argument("--zero_shot", metavar="DIR", help="folder of zero-shot data sets; without it that step is left out")
-    p.add_argument("--llava_data", metavar="DIR", type=Path, help="LLaVA's data (default: playground/data)")
-    p.add_argument("--lmms_data", metavar="DIR", type=Path, help="local copies of the benchmarks (default: the hub's)")
-    p.add_argument("--fork", metavar="DIR", type=Path, help="train LLaVA with the code of this fork's checkout")
-    p.add_argument("--fork_python", metavar="EXE", default="python", help="interpreter of the fork's environment")
-    p.add_argument("--hostfile", metavar="FILE", help="DeepSpeed's list of machines")
-    p.add_argument("--deepspeed", metavar="JSON", help="for every training (default: ZeRO-2, ZeRO-3 for finetuning)")
+    p.add_argument(
+        "--data", type=path, metavar="PATH", help="images to enhance with: tar shards, folder, dataset or LLaVA's JSON"
+    )
+    p.add_argument("--mmvp", type=path, metavar="DIR", help="MMVP-VLM's folder; without it that step is left out")
+    p.add_argument(
+        "--zero_shot", type=path, metavar="DIR", help="folder of zero-shot data sets; without it that step is left out"
+    )
+    p.add_argument("--llava_data", type=path, metavar="DIR", help="LLaVA's data (default: playground/data)")
+    p.add_argument("--lmms_data", type=path, metavar="DIR", help="local copies of the benchmarks (default: the hub's)")
+    p.add_argument("--fork", type=path, metavar="DIR", help="train LLaVA with the code of this fork's checkout")
+    p.add_argument(
+        "--fork_python", type=path, metavar="EXE", default="python", help="interpreter of the fork's environment"
+    )
+    p.add_argument("--hostfile", type=path, metavar="FILE", help="DeepSpeed's list of machines")
+    p.add_argument(
+        "--deepspeed", type=path, metavar="JSON", help="for every training (default: ZeRO-2, ZeRO-3 for finetuning)"
+    )
     p.add_argument("--from", dest="start", metavar="STEP", help="start here; what comes before is taken as it is")
     p.add_argument("--dry_run", action="store_true", help="print the plan and stop")
     return p
@@ -67,7 +76,7 @@ def _main(argv: list[str]) -> int:
     args, rest = parser().parse_known_args(argv)
     choices = Choices(
         preset=args.preset,
-        run_dir=args.output_dir or Path("runs") / args.preset,
+        run_dir=Path(args.output_dir or f"runs/{args.preset}"),
         recipe=args.recipe,
         tower=args.tower,
         baseline=args.baseline,
@@ -120,15 +129,15 @@ def check(choices: Choices) -> None:
     """
     from llava_genhancer.chain.needs import check_lmms_eval, llava_data
 
-    for name, path in (
+    for name, given in (
         ("--zero_shot", choices.zero_shot),
         ("--lmms_data", choices.lmms_data),
         ("--fork", choices.fork),
         ("--hostfile", choices.hostfile),
         ("--deepspeed", choices.deepspeed),
     ):
-        if path is not None and not Path(path).exists():
-            raise InputError(f"{name} {path} does not exist")
+        if given is not None and not Path(given).exists():
+            raise InputError(f"{name} {given} does not exist")
     tower = Path(choices.tower or ".")
     if not tower.is_dir() and (str(choices.tower).startswith((".", "/")) or tower.parent.is_dir()):  # else a hub id
         raise InputError(f"--tower {choices.tower} is not a folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from llava_genhancer import recipes
 from llava_genhancer.chain import fork
 from llava_genhancer.chain.needs import Data, llava_data, needs
 from llava_genhancer.errors import InputError
+from llava_genhancer.files import expand
 from llava_genhancer.llava import recipes as llava_recipes
 
 # Preset to the recipe that enhances LLaVA's tower; the LLaVA recipe is called like the preset.
@@ -64,6 +66,16 @@ class Choices:
     hostfile: str | None = None
     deepspeed: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("run_dir", "fork", "llava_data", "lmms_data"):
+            if (folder := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(expand(folder)))
+        for name in ("tower", "fork_python", "data", "mmvp", "zero_shot", "hostfile", "deepspeed"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, expand(path))
+        if os.sep in self.fork_python:  # it is started in the fork's folder
+            object.__setattr__(self, "fork_python", os.path.abspath(self.fork_python))
 
     @property
     def recipe_name(self) -> str:

@@ -28,8 +28,8 @@ from llava_genhancer.convert.companions import copy_tokenizer, read_preprocess, 
 from llava_genhancer.convert.open_clip import OpenClipSource
 from llava_genhancer.convert.weights import clip_rows, siglip_rows, to_hf, to_open_clip, without_text_prefix
 from llava_genhancer.errors import InputError
-from llava_genhancer.files import sha256, staged_folder
-from llava_genhancer.run import write_json
+from llava_genhancer.files import expand, sha256, staged_folder
+from llava_genhancer.run import sha256, write_json
 from llava_genhancer.tower.export import MARKER, is_tower, save_tower
 
 log = logging.getLogger(__name__)
@@ -78,12 +78,12 @@ def convert(
             raise InputError(f"{name} {value} is unknown: choose {', '.join(choices)}")
     if activation not in (None, "quick_gelu", "gelu"):
         raise InputError(f"--activation {activation} is unknown: choose quick_gelu or gelu")
-    output_dir = Path(output_dir).expanduser()
+    output_dir = Path(expand(output_dir))
     if output_dir.exists() and any(output_dir.iterdir()) and not (overwrite and is_tower(output_dir)):
         way_out = ", or add --overwrite" if is_tower(output_dir) else ""
         raise InputError(f"{output_dir} is not empty: choose another --output_dir{way_out}")
-    given = hf.local(os.path.expanduser(source))
-    like = hf.local(os.path.expanduser(like)) if like else None
+    given = hf.local(expand(source))
+    like = hf.local(expand(like)) if like else None
     quick = None if activation is None else activation == "quick_gelu"
     if hf.is_hf(given):
         return _from_hf(source, given, output_dir, to, like, getattr(torch, dtype), facts)

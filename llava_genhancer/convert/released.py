@@ -22,7 +22,7 @@ from llava_genhancer.convert import hf
 from llava_genhancer.convert.checkpoints import SUFFIXES
 from llava_genhancer.convert.convert import convert
 from llava_genhancer.errors import InputError
-from llava_genhancer.files import locked, staged_folder
+from llava_genhancer.files import expand, locked, staged_folder
 from llava_genhancer.tower.export import is_tower
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def tower_folder(name: str) -> str:
                 _cache() / name.replace(":", "-"), lambda to: convert(release.path, to, like=release.like, facts=facts)
             )
         )
-    path = Path(name).expanduser()
+    path = Path(expand(name))
     if path.suffix in SUFFIXES and path.is_file():
         stat = path.stat()
         key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
@@ -120,4 +120,4 @@ def _converted(folder: Path, write: Callable[[Path], object]) -> Path:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("LLAVA_GENHANCER_CACHE") or "~/.cache/llava_genhancer").expanduser() / "towers"
+    return Path(expand(os.environ.get("LLAVA_GENHANCER_CACHE") or "~/.cache/llava_genhancer")) / "towers"

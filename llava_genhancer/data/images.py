@@ -21,6 +21,7 @@ from PIL import Image
 from llava_genhancer.data.decode import IMAGE_SUFFIXES, MAX_BYTES, BadImage, decode
 from llava_genhancer.data.entries import image_names, read_entries
 from llava_genhancer.errors import InputError
+from llava_genhancer.files import expand
 
 MAX_HEADER = 1 << 13  # bytes of an extended tar header
 HINT = "give tar shards, an image folder, a HF dataset (parquet folder, or hf:ORG/NAME) or a LLaVA JSON"
@@ -177,7 +178,7 @@ def open_source(path: str, image_folder: str | None = None) -> Source:
 def _recognise(path: str, image_folder: str | None) -> Source:
     if path.startswith("hf:"):
         return _hub_dataset(path)
-    expanded = os.path.expanduser(path)
+    expanded = expand(path)
     if any(c in expanded for c in "*?[") or ("{" in expanded and not os.path.exists(expanded)):
         files = _expand(path, expanded)
         return _parquet(files, path) if files[0].endswith(".parquet") else _shards(files, path)
@@ -213,7 +214,7 @@ def _expand(path: str, expanded: str) -> list[str]:
         from braceexpand import braceexpand
 
         try:
-            patterns = list(braceexpand(expanded))
+            patterns = [expand(p) for p in braceexpand(expanded)]
         except ValueError as error:
             raise InputError(f"data {path}: {error}") from None
         missing = [p for p in patterns if "*" not in p and not os.path.exists(p)]
@@ -272,7 +273,7 @@ def _folder(root: str) -> IndexedSource:
 def _llava_json(path: str, image_folder: str | None) -> IndexedSource:
     if image_folder is None:
         raise InputError(f"data {path} is a LLaVA JSON: add --image_folder DIR, the root of its image paths")
-    root = os.path.abspath(os.path.expanduser(image_folder))
+    root = os.path.abspath(expand(image_folder))
     if not os.path.isdir(root):
         raise InputError(f"image_folder {image_folder} does not exist")
     names: dict[str, None] = {}  # conversations share images; each counts once

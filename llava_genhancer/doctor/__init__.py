@@ -14,6 +14,7 @@ from llava_genhancer.doctor import devices, environment, models, paths
 from llava_genhancer.doctor.findings import OK, PROBLEM, Finding, show
 from llava_genhancer.doctor.plan import Plan
 from llava_genhancer.errors import InputError
+from llava_genhancer.files import expand
 from llava_genhancer.recipes import Recipe
 
 
@@ -79,6 +80,7 @@ def inspect(
     if gpus is not None and gpus < 1:
         raise InputError(f"--gpus {gpus}: one at least")
     yield from environment.versions(recipe, deepspeed)
+    deepspeed = None if deepspeed is None else expand(deepspeed)
     zero, findings = environment.deepspeed_json(deepspeed)
     yield from findings
     torch = devices.find_torch()
@@ -91,7 +93,7 @@ def inspect(
     finding, images = paths.data(recipe)
     yield finding
     yield from devices.gpu_lines(recipe, torch, here, gpus)
-    folder = Path(run_dir).expanduser()
+    folder = Path(expand(run_dir))
     if backbone is not None:
         plan = Plan(recipe, backbone, vae, zero, gpus or len(here) or 1, here, folder, images)
         yield from plan.work(torch)

@@ -8,7 +8,6 @@ by name alone. CLIP's ``logit_scale`` must stay out: DeepSpeed cannot broadcast 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +20,7 @@ from llava_genhancer.convert.hf import load_whole
 from llava_genhancer.convert.open_clip import is_open_clip, load_model, read_config, read_folder
 from llava_genhancer.convert.released import tower_folder
 from llava_genhancer.errors import InputError, reason
+from llava_genhancer.files import expand
 from llava_genhancer.recipes import Recipe
 from llava_genhancer.toyworld.paths import resolve
 
@@ -115,7 +115,7 @@ def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 def locate(name: str) -> str:
     """A backbone's folder or hub id: toy-world names and ``~`` written out, released weights and files converted."""
-    return tower_folder(os.path.expanduser(resolve(name)))
+    return tower_folder(expand(resolve(name)))
 
 
 def check_backbone(name: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_genhancer import recipes
-from llava_genhancer.arguments import Verbs, add_fields, print_fields
+from llava_genhancer.arguments import Verbs, add_fields, path, print_fields
 from llava_genhancer.errors import InputError
 
 
@@ -28,15 +28,17 @@ def add_verbs(verbs: Verbs) -> None:
         "--lora_rank 8. `llava-genhancer recipes RECIPE` prints them all.",
     )
     sub.add_argument("recipe", nargs="?", help="a recipe's name; `llava-genhancer recipes` lists them")
-    sub.add_argument("--config", metavar="MANIFEST", help="take the recipe of an earlier run's manifest.json instead")
-    sub.add_argument("--output_dir", metavar="RUN", required=True, help="run folder, new or to go on with")
-    sub.add_argument("--deepspeed", metavar="JSON", help="e.g. configs/deepspeed/zero2.json")
+    sub.add_argument(
+        "--config", type=path, metavar="MANIFEST", help="take the recipe of an earlier run's manifest.json instead"
+    )
+    sub.add_argument("--output_dir", type=path, metavar="RUN", required=True, help="run folder, new or to go on with")
+    sub.add_argument("--deepspeed", type=path, metavar="JSON", help="e.g. configs/deepspeed/zero2.json")
     sub.add_argument("--stage", type=int, choices=(1, 2), help="only this stage (default: both, then export)")
     add_fields(sub, recipes.Recipe())
 
     sub = verbs.add("export", _export, "Export a tower from a run, at another strength or from a snapshot.")
-    sub.add_argument("run_dir", metavar="RUN")
-    sub.add_argument("--output_dir", required=True, metavar="TOWER")
+    sub.add_argument("run_dir", type=path, metavar="RUN")
+    sub.add_argument("--output_dir", type=path, required=True, metavar="TOWER")
     sub.add_argument("--lora_scale", type=float, help="0 = original ... 1 = enhanced (default: the recipe's)")
     sub.add_argument("--step", type=int, help="a stage-2 snapshot instead of the end")
     sub.add_argument("--overwrite", action="store_true", help="replace another tower in TOWER")
@@ -45,12 +47,12 @@ def add_verbs(verbs: Verbs) -> None:
         "convert", _convert, "Convert a CLIP or SigLIP between transformers', open_clip's and OpenAI's formats."
     )
     sub.add_argument(
-        "source", metavar="SOURCE", help=".pt, .pth, .bin or .safetensors file, folder, hub id or hf://..."
+        "source", type=path, metavar="SOURCE", help=".pt, .pth, .bin or .safetensors file, folder, hub id or hf://..."
     )
-    sub.add_argument("--output_dir", required=True, metavar="DIR")
+    sub.add_argument("--output_dir", type=path, required=True, metavar="DIR")
     sub.add_argument("--to", default="hf", help="hf (default), open_clip or openai")
     sub.add_argument(
-        "--like", metavar="MODEL", help="a model of its kind that has what it lacks: folder, hub id, or name"
+        "--like", type=path, metavar="MODEL", help="a model of its kind that has what it lacks: folder, hub id, or name"
     )
     sub.add_argument("--activation", help="quick_gelu or gelu, where neither the weights nor --like say")
     sub.add_argument("--head_width", type=int, help="of the vision tower's attention heads, where it is unusual")

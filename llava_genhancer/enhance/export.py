@@ -26,6 +26,7 @@ from llava_genhancer.enhance.backbones import (
 from llava_genhancer.enhance.eva import save_open_clip, verify_open_clip
 from llava_genhancer.enhance.stages import STAGES, WEIGHTS
 from llava_genhancer.errors import InputError
+from llava_genhancer.files import expand
 from llava_genhancer.method import method_name
 from llava_genhancer.recipes import Recipe, to_dict
 from llava_genhancer.tower.export import MARKER, read_marker, save_tower, verify_tower
@@ -52,6 +53,7 @@ def export_tower(
     Raises:
         InputError: stages unfinished, no such snapshot, another tower there, or the written folder fails its check.
     """
+    run_dir, output_dir = Path(expand(run_dir)), Path(expand(output_dir))
     files = weight_files(run_dir, recipe, step)
     marker = {
         "recipe": to_dict(recipe),

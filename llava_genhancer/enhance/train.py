@@ -33,6 +33,7 @@ from llava_genhancer.enhance.stages import WEIGHTS, build_stage
 from llava_genhancer.enhance.targets import check_target, load_target
 from llava_genhancer.enhance.tokenizer import Target
 from llava_genhancer.errors import InputError
+from llava_genhancer.files import expand
 from llava_genhancer.recipes import Recipe, StageRecipe
 from llava_genhancer.trainer import ExactTrainer
 
@@ -61,10 +62,11 @@ def enhance(
         InputError: anything in the recipe, the data or the folder that cannot be used, before weights are loaded.
         TrainingStopped, BadStep: see :mod:`llava_genhancer.trainer`.
     """
-    run_dir = Path(output_dir)
+    run_dir = Path(expand(output_dir))
     rank = int(os.environ.get("RANK", "0"))
     if recipe.data is None:
         raise InputError("no images given: add --data PATH (tar shards, image folder, HF dataset or LLaVA JSON)")
+    engine.check_launcher_settings()
     engine.check_deepspeed(deepspeed, recipe)
     engine.accumulation(recipe.global_batch_size, recipe.per_device_batch_size)  # refused before a manifest says it
     check_backbone(recipe.backbone)

@@ -27,6 +27,7 @@ from llava_genhancer.evaluate.towers import choose_device, load_tower
 from llava_genhancer.evaluate.zero_shot.layouts import load_sets
 from llava_genhancer.evaluate.zero_shot.measure import evaluate_tower as evaluate_zero_shot
 from llava_genhancer.evaluate.zero_shot.results import Store, TowerAnswers
+from llava_genhancer.files import expand
 from llava_genhancer.run import MANIFEST, read_json, recipe_of, versions, write_json
 from llava_genhancer.tower.export import is_tower, read_marker
 
@@ -88,7 +89,7 @@ def run(
     first_name, other_name = _names(towers)
     if output is None and len(towers) != 1:
         raise InputError("two towers need --output JSON: only a run has a place for its curve")
-    target = output_path(Path(towers[0]) / RESULT if output is None else Path(output).expanduser(), "curve.json")
+    target = output_path(Path(expand(output or Path(towers[0]) / RESULT)), "curve.json")
     sets, benchmark, chosen = load_sets(data), load_benchmark(mmvp), choose_device(device)
     first, other = load_tower(first_name, chosen), load_tower(other_name, chosen)
     store = Store(target.with_name("zero_shot"))
@@ -172,7 +173,7 @@ def _names(towers: Sequence[str]) -> tuple[str, str]:
     """The two ends of the curve."""
     if len(towers) == 2:
         return towers[0], towers[1]
-    run_dir = Path(towers[0]).expanduser()
+    run_dir = Path(expand(towers[0]))
     if len(towers) != 1 or not (run_dir / MANIFEST).is_file():
         raise InputError(f"{' '.join(towers)}: give one run's folder, or two towers, the original and the enhanced one")
     tower = run_dir / "tower"

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from llava_genhancer.evaluate.mmvp.results import GUESS, Comparison, MmvpResult
+from llava_genhancer.files import expand
 from llava_genhancer.run import write_bytes
 
 COLOURS = ("#8C8C8C", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
@@ -45,7 +46,7 @@ class Drawing:
     """A figure under our style alone, written whole when the block ends without an error."""
 
     def __init__(self, path: str | Path, width: float, height: float):
-        self._path, self._size = Path(path), (width, height)
+        self._path, self._size = Path(expand(path)), (width, height)
         settings: dict[Any, Any] = {**_defaults(), **STYLE}
         self._context = matplotlib.rc_context(settings)
 

@@ -32,6 +32,7 @@ from llava_genhancer.evaluate.report.generation_section import FIGURE, RESULT, g
 from llava_genhancer.evaluate.report.seeds import spread
 from llava_genhancer.evaluate.tower import Tower
 from llava_genhancer.evaluate.towers import load_tower
+from llava_genhancer.files import expand
 from llava_genhancer.recipes import Recipe
 from llava_genhancer.run import recipe_of, write_json
 
@@ -180,7 +181,7 @@ def measure(run_dir: str | Path, data: str | Path | None = None, device: str | N
     Raises:
         InputError: no run, no pictures, or nothing loadable.
     """
-    run_dir = Path(run_dir).expanduser()
+    run_dir = Path(expand(run_dir))
     recipe = recipe_of(run_dir)
     benchmark = None if data is None else load_benchmark(data)
     drawn = {stage: pictures for stage in STAGES if (pictures := _pictures(run_dir / f"stage{stage}" / "samples"))}

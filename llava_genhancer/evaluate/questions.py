@@ -19,6 +19,7 @@ from llava_genhancer.evaluate.mllm.respondent import Ask, Respondent, Score, Una
 from llava_genhancer.evaluate.mmvp.measure import short_labels
 from llava_genhancer.evaluate.question_results import BLIND, Answer, QuestionResult, save_results
 from llava_genhancer.evaluate.words import p_value, percent
+from llava_genhancer.files import expand
 from llava_genhancer.run import read_json, sha256
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def load_questions(folder: str | Path) -> list[Question]:
     Raises:
         InputError: missing or malformed file, an image outside the folder or not there.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(expand(folder))
     images = (folder / "images").resolve()
     entries = read_json(folder / FILE)
     questions = []

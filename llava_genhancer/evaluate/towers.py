@@ -13,6 +13,7 @@ from llava_genhancer.convert.released import tower_folder
 from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate.open_clip_tower import load_open_clip_tower
 from llava_genhancer.evaluate.tower import Tower, marker_facts
+from llava_genhancer.files import expand
 from llava_genhancer.run import sha256
 
 MODEL_CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel", "siglip2": "Siglip2Model"}
@@ -30,7 +31,7 @@ def resolve_name(name: str) -> str:
         from llava_genhancer.toyworld.paths import resolve
 
         return str(resolve(name))
-    return tower_folder(str(Path(name).expanduser()) if name.startswith("~") else name)
+    return tower_folder(str(Path(expand(name))) if name.startswith("~") else name)
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

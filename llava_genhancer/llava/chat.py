@@ -16,6 +16,7 @@ from llava_genhancer import run
 from llava_genhancer.convert.hf import load_whole
 from llava_genhancer.data.decode import BadImage, bounded_for, decode
 from llava_genhancer.errors import InputError
+from llava_genhancer.files import expand
 from llava_genhancer.llava.dataset import load_image_processor
 from llava_genhancer.llava.hf import hf_state, write_hf_companions
 from llava_genhancer.llava.model import load_tower, local
@@ -47,7 +48,7 @@ def chat(
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens}: one at least")
     try:
-        picture = decode(image)
+        picture = decode(expand(image))
     except BadImage as error:
         raise InputError(f"{image} cannot be used: {error}") from None
     model, processor = load_llava(checkpoint, device=device, tower=tower)
@@ -99,7 +100,7 @@ def load_llava(
     """
     from transformers import AutoProcessor, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    folder = Path(checkpoint)
+    folder = Path(expand(checkpoint))
     refuse_lora(folder)
     if not (folder / "config.json").is_file():
         raise InputError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_genhancer import recipes
-from llava_genhancer.arguments import Verbs, add_fields, print_fields
+from llava_genhancer.arguments import Verbs, add_fields, path, print_fields
 from llava_genhancer.errors import InputError
 from llava_genhancer.llava.recipes import RECIPES, LlavaRecipe, get_recipe
 
@@ -28,30 +28,40 @@ def add_verbs(above: Verbs) -> None:
     for step, what in (("pretrain", "the projector, on captions"), ("finetune", "language model and projector")):
         sub = verbs.add(step, _train, f"Train {what}. {data.format(step)}", epilog=fields)
         sub.add_argument("recipe", nargs="?", help=f"one of {', '.join(RECIPES)}")
-        sub.add_argument("--config", metavar="MANIFEST", help="take the recipe of an earlier manifest.json instead")
-        sub.add_argument("--output_dir", metavar="RUN", required=True, help=f"run folder; its llava-{step}/ is written")
-        sub.add_argument("--deepspeed", metavar="JSON", help="e.g. configs/deepspeed/zero2.json")
+        sub.add_argument(
+            "--config", type=path, metavar="MANIFEST", help="take the recipe of an earlier manifest.json instead"
+        )
+        sub.add_argument(
+            "--output_dir", type=path, metavar="RUN", required=True, help=f"run folder; its llava-{step}/ is written"
+        )
+        sub.add_argument("--deepspeed", type=path, metavar="JSON", help="e.g. configs/deepspeed/zero2.json")
         sub.set_defaults(step=step)
         add_fields(sub, LlavaRecipe())
 
     sub = verbs.add("export", _export, "Write a finished run's checkpoints again: HF's form and the original LLaVA's.")
-    sub.add_argument("run_dir", metavar="RUN")
+    sub.add_argument("run_dir", type=path, metavar="RUN")
     sub.add_argument("--step", choices=("pretrain", "finetune"), default="finetune")
-    sub.add_argument("--output_dir", metavar="DIR", help="where hf/ and llava/ go (default: the step's own folder)")
+    sub.add_argument(
+        "--output_dir", type=path, metavar="DIR", help="where hf/ and llava/ go (default: the step's own folder)"
+    )
 
     sub = verbs.add("import", _import, "Bring a released LLaVA-1.5, or one trained with its code, into HF's form.")
-    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="folder in the original form")
-    sub.add_argument("--output_dir", metavar="DIR", required=True)
-    sub.add_argument("--tower", metavar="DIR", help="vision tower, instead of the one that the checkpoint names")
+    sub.add_argument("checkpoint", type=path, metavar="CHECKPOINT", help="folder in the original form")
+    sub.add_argument("--output_dir", type=path, metavar="DIR", required=True)
+    sub.add_argument(
+        "--tower", type=path, metavar="DIR", help="vision tower, instead of the one that the checkpoint names"
+    )
     sub.add_argument("--conversation", help="template of its prompts (default: the one that we exported with, else v1)")
 
     sub = verbs.add("chat", _chat, "Ask a LLaVA about an image, in the terminal.")
-    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="folder in HF's form or the original one")
-    sub.add_argument("image", metavar="IMAGE")
+    sub.add_argument("checkpoint", type=path, metavar="CHECKPOINT", help="folder in HF's form or the original one")
+    sub.add_argument("image", type=path, metavar="IMAGE")
     sub.add_argument("--question", action="append", default=[], help="may be repeated; without one, type them")
     sub.add_argument("--max_new_tokens", type=int, default=256)
     sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
-    sub.add_argument("--tower", metavar="DIR", help="vision tower, instead of the one that the checkpoint names")
+    sub.add_argument(
+        "--tower", type=path, metavar="DIR", help="vision tower, instead of the one that the checkpoint names"
+    )
 
 
 def chosen_recipe(name: str | None, config: str | None, fields: Mapping[str, str]) -> LlavaRecipe:
@@ -106,8 +116,8 @@ def _export(args: Any) -> None:
 
     folder = step_dir(args.run_dir, args.step)
     output = folder if args.output_dir is None else Path(args.output_dir)
-    for path in export_step(recipe_of(folder, LlavaRecipe), args.step, folder, output):
-        print(f"done: {path}")
+    for written in export_step(recipe_of(folder, LlavaRecipe), args.step, folder, output):
+        print(f"done: {written}")
 
 
 def _import(args: Any) -> None:

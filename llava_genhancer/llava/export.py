@@ -15,7 +15,7 @@ from torch import Tensor
 from llava_genhancer import run
 from llava_genhancer.engine import read_trained, stage_result
 from llava_genhancer.errors import InputError
-from llava_genhancer.files import staged_folder
+from llava_genhancer.files import expand, staged_folder
 from llava_genhancer.llava.checkpoint import Checkpoint, check_weights, raw_config
 from llava_genhancer.llava.hf import write_hf
 from llava_genhancer.llava.model import load_llm, read_config
@@ -37,7 +37,8 @@ def export_step(recipe: LlavaRecipe, step: str, folder: Path, output_dir: Path |
         ``llava/`` with ``mm_projector.bin`` after pretraining; ``hf/`` and ``llava/`` after finetuning (``llava/`` only
         for language models that the original code knows).
     """
-    output_dir = output_dir or folder
+    folder = Path(expand(folder))
+    output_dir = Path(expand(output_dir or folder))
     result = stage_result(folder)
     if result is None:
         raise InputError(f"{folder} is not finished: run `llava-genhancer llava {step}` again")
@@ -115,11 +116,11 @@ def import_llava(
     Raises:
         InputError: not such a checkpoint, or something else is in the way.
     """
-    folder = Path(output_dir)
+    folder = Path(expand(output_dir))
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty: choose another --output_dir")
     source = read_llava(checkpoint, tower=tower, conversation=conversation)
-    with _written(folder, {"source": str(Path(checkpoint).resolve())}) as staging:
+    with _written(folder, {"source": str(Path(expand(checkpoint)).resolve())}) as staging:
         write_hf(source, staging)
     return folder
 

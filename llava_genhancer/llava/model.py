@@ -22,6 +22,7 @@ from llava_genhancer.convert.hf import load_whole
 from llava_genhancer.convert.open_clip import is_open_clip
 from llava_genhancer.convert.released import tower_folder
 from llava_genhancer.errors import InputError
+from llava_genhancer.files import expand
 from llava_genhancer.llava.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_genhancer.llava.packing import packed, packed_attention
 from llava_genhancer.llava.recipes import LlavaRecipe
@@ -257,7 +258,7 @@ def read_config(name: str, what: str) -> Any:
 def local(name: str) -> str:
     """A folder's path, or a hub id unchanged; others' released towers and weight files as :func:`tower_folder`."""
     name = tower_folder(resolve(name))
-    path = Path(name).expanduser()
+    path = Path(expand(name))
     return str(path) if path.exists() or name.startswith(("~", "/", ".")) else name
 
 

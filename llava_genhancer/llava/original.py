@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from llava_genhancer import run
 from llava_genhancer.convert.hf import BUFFERS
 from llava_genhancer.errors import InputError
+from llava_genhancer.files import expand
 from llava_genhancer.llava.checkpoint import (
     Checkpoint,
     check_weights,
@@ -116,7 +117,7 @@ def read_llava(folder: str | os.PathLike, *, tower: str | None = None, conversat
         InputError: not such a checkpoint, one with a projector or image tokens other than LLaVA-1.5's, or one whose
             weights are not those of its configuration.
     """
-    folder = Path(folder)
+    folder, tower = Path(expand(folder)), None if tower is None else expand(tower)
     refuse_lora(folder)
     config = run.read_json(folder / "config.json")
     if not isinstance(config, dict):

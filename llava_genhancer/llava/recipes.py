@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.fields import GUARD_FIELDS, Guards, option, suggest
+from llava_genhancer.fields import GUARD_FIELDS, Guards, option, resolve_paths, suggest
 
 STEPS = ("pretrain", "finetune")
 
@@ -22,8 +22,8 @@ STEPS = ("pretrain", "finetune")
 class LlavaStep:
     """One of the two trainings: its data, how a sample is read, and how fast what learns learns."""
 
-    data: str | None = option(None, "LLaVA's JSON: a list of {id, image, conversations}")
-    image_folder: str | None = option(None, "root of the image paths in the JSON")
+    data: str | None = option(None, "LLaVA's JSON: a list of {id, image, conversations}", path="path")
+    image_folder: str | None = option(None, "root of the image paths in the JSON", path="path")
     conversation: str = option("plain", "template: plain, v1 (Vicuna), llama_2, llama_3, chatml, mistral")
     image_mode: Literal["square", "pad"] = option(
         "square", "square: resize and centre crop; pad: to a square with the mean colour first"
@@ -53,6 +53,7 @@ class LlavaStep:
     log_steps: int = option(1, "steps between log entries")
 
     def __post_init__(self) -> None:
+        resolve_paths(self)
         if self.learning_rate <= 0 or (self.projector_learning_rate is not None and self.projector_learning_rate <= 0):
             raise InputError("learning_rate and projector_learning_rate must be positive")
         if self.epochs <= 0 or (self.max_steps is not None and self.max_steps < 0):
@@ -81,8 +82,12 @@ class LlavaTraining:
     name: str = option("custom", "name printed in reports")
 
     # The two halves.
-    llm: str = option("lmsys/vicuna-7b-v1.5", "folder or hub id of a causal language model of the Llama family")
-    tower: str = option("openai/clip-vit-large-patch14-336", "folder or hub id of the vision tower: CLIP or SigLIP")
+    llm: str = option(
+        "lmsys/vicuna-7b-v1.5", "folder or hub id of a causal language model of the Llama family", path="name"
+    )
+    tower: str = option(
+        "openai/clip-vit-large-patch14-336", "folder or hub id of the vision tower: CLIP or SigLIP", path="name"
+    )
     vision_feature_layer: int = option(-2, "hidden state of the tower that is shown to the language model")
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = option(
         "auto", "auto = flash-attention 2 where it is installed and usable, else torch's own"
@@ -121,13 +126,16 @@ class LlavaRecipe(Guards, LlavaTraining):  # a field's place: the last base's co
     max_bad_fraction: float = option(0.1, "share of unusable samples above which the run stops (ours)")
     keep_checkpoints: int = option(2, "complete checkpoints kept per step, two at least")
     cache_folder: str | None = option(
-        None, "where cache_features writes; trainings of the same images and tower share it; none = in the run"
+        None,
+        "where cache_features writes; trainings of the same images and tower share it; none = in the run",
+        path="path",
     )
 
     pretrain: LlavaStep = option(LlavaStep(), "the projector learns, on image captions")
     finetune: LlavaStep = option(FINETUNE, "language model and projector learn, on conversations")
 
     def __post_init__(self) -> None:
+        resolve_paths(self)
         if self.keep_checkpoints < 2:
             raise InputError(f"keep_checkpoints={self.keep_checkpoints}: keep two at least, one may be half-written")
         self.check_guards()

@@ -21,6 +21,7 @@ import numpy as np
 from llava_genhancer.data.entries import image_names, read_entries
 from llava_genhancer.data.loader import SkipReport
 from llava_genhancer.errors import InputError, plain
+from llava_genhancer.files import expand
 from llava_genhancer.llava.conversation import IMAGE, Turn
 
 log = logging.getLogger(__name__)
@@ -145,8 +146,8 @@ def read_samples(path: str | os.PathLike, image_folder: str | os.PathLike | None
     Raises:
         InputError: no such file or folder, not JSON, nothing usable in it, or images but no folder for them.
     """
-    path = os.path.abspath(os.path.expanduser(path))
-    folder = "" if image_folder is None else os.path.abspath(os.path.expanduser(image_folder))
+    path = os.path.abspath(expand(path))
+    folder = "" if image_folder is None else os.path.abspath(expand(image_folder))
     if folder and not os.path.isdir(folder):
         raise InputError(f"image_folder {image_folder} does not exist")
     report, as_text, digest = SkipReport(), SkipReport(), hashlib.blake2b(digest_size=16)

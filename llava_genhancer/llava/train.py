@@ -21,6 +21,7 @@ from transformers import TrainingArguments
 
 from llava_genhancer import engine, run
 from llava_genhancer.errors import InputError, plain
+from llava_genhancer.files import expand
 from llava_genhancer.llava.batches import build_loader
 from llava_genhancer.llava.conversation import get_template
 from llava_genhancer.llava.export import export_step
@@ -46,7 +47,7 @@ def finetune(recipe: LlavaRecipe, output_dir: str | os.PathLike, *, deepspeed: s
 
 def step_dir(run_dir: str | os.PathLike, step: str) -> Path:
     """Where ``pretrain`` or ``finetune`` of a run lives."""
-    return Path(run_dir) / f"llava-{step}"
+    return Path(expand(run_dir)) / f"llava-{step}"
 
 
 def train_step(recipe: LlavaRecipe, step: str, output_dir: str | os.PathLike, *, deepspeed: str | None = None) -> Path:
@@ -95,6 +96,7 @@ def _check(recipe: LlavaRecipe, step: str, deepspeed: str | None) -> None:
         raise InputError(f"no data given: add --{step}.data FILE.json and --{step}.image_folder DIR (LLaVA's JSON)")
     for name in STEPS:  # the other step's too: nobody wants to learn of it hours later
         get_template(recipe.step(name).conversation)
+    engine.check_launcher_settings()
     engine.check_deepspeed(deepspeed, recipe)
     engine.accumulation(table.global_batch_size, table.per_device_batch_size)
     llava_config(recipe)

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from llava_genhancer.files import expand
 from llava_genhancer.tower.export import FIRST_TRANSFORMERS, VISION_MODELS, verify_tower
 from llava_genhancer.tower.rules import (
     DROPS_A_PATCH,
     FACTORY,
     Rule,
     Unpredictable,
-    find_expectation,
     find_problem,
     find_rule,
     predict,
@@ -76,6 +76,7 @@ def fork_choice(fork: str, tower: str) -> Choice:
     """
     from llava_genhancer.tower.tower import check_names
 
+    fork, tower = expand(fork), expand(tower)
     model_type = str(verify_tower(tower)["model_type"])
     check_names(tower)
     rule = find_rule(Path(fork))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.files import sha256, staged_folder
+from llava_genhancer.files import expand, sha256, staged_folder
 
 MARKER = "llava_genhancer.json"
 VISION_MODELS = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel", "siglip2": "Siglip2VisionModel"}
@@ -44,7 +44,7 @@ def save_tower(model: Any, output_dir: str | os.PathLike, *, source: str, marker
     Raises:
         InputError: something else is in the way, the source lacks processor or tokenizer, or the disk is full.
     """
-    output_dir = Path(output_dir)
+    output_dir, source = Path(expand(output_dir)), expand(source)
     if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / MARKER).exists():
         raise InputError(f"{output_dir} holds something that is not one of our towers: choose another folder")
     with staged_folder(output_dir) as staging:
@@ -92,7 +92,7 @@ def find_file(source: str, name: str) -> str | None:
 
 def is_tower(folder: str | os.PathLike) -> bool:
     """Whether a folder carries our marker."""
-    return (Path(folder) / MARKER).is_file()
+    return (Path(expand(folder)) / MARKER).is_file()
 
 
 def read_marker(folder: str | os.PathLike) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def read_marker(folder: str | os.PathLike) -> dict[str, Any]:
     Raises:
         InputError: no marker there, or one that cannot be read.
     """
-    path = Path(folder) / MARKER
+    path = Path(expand(folder)) / MARKER
     try:
         marker = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -122,6 +122,7 @@ def verify_tower(folder: str | os.PathLike) -> dict[str, Any]:
     Raises:
         InputError: a file is missing or was changed, or weights would stay random.
     """
+    folder = expand(folder)
     marker = read_marker(folder)
     if not marker["weights"]:
         raise InputError(f"{Path(folder) / MARKER} lists no weight files: export the tower again")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_genhancer.errors import InputError
+from llava_genhancer.files import expand
 from llava_genhancer.tower.export import FIRST_TRANSFORMERS, VISION_MODELS, read_marker, verify_tower
 from llava_genhancer.tower.multiscale import multiscale, resize_tokens
 from llava_genhancer.tower.processor import build_processor
@@ -50,7 +51,7 @@ class VisionTower(nn.Module):
     ):
         super().__init__()
         refuse_unknown("builds its tower", {k: v for k, v in kwargs.items() if k != "cache_dir"})
-        self.vision_tower_name = str(vision_tower)
+        self.vision_tower_name = expand(vision_tower)
         self.is_loaded = False
         self.model_type, self._config = read_config(self.vision_tower_name)
         self.select_layer: int = _given(args, "mm_vision_select_layer", -2)

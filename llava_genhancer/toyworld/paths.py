@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from llava_genhancer.files import expand
+
 CACHE_NAME = "toyworld-v1"
 _WEIGHTS = Path(__file__).parent / "weights"
 SHIPPED = ("clip", "vae", "vq", "llama", "sd", "flux")
@@ -21,6 +23,6 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
     ``~/.cache/llava_genhancer/toyworld-v1``.
     """
     if cache_dir is not None:
-        return Path(cache_dir).expanduser().resolve()
+        return Path(expand(cache_dir)).resolve()
     base = os.environ.get("LLAVA_GENHANCER_CACHE") or "~/.cache/llava_genhancer"
-    return Path(base).expanduser().resolve() / CACHE_NAME
+    return Path(expand(base)).resolve() / CACHE_NAME

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from llava_genhancer.errors import InputError
+from llava_genhancer.files import expand
 from llava_genhancer.toyworld import models, scenes, training
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ def run_probes(
 
 
 def _load_tower(name: str) -> CLIPModel:
-    folder = models.resolve(name)
+    folder = expand(models.resolve(name))
     try:
         tower, _ = models.load_clip(folder)
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -175,7 +175,7 @@ def test_a_plan_names_what_it_lacks():
 
 
 def test_a_large_plan_has_the_commands_of_a_large_run():
-    fields = {"data": "images", "stage2.max_steps": "2000"}
+    fields = {"data": "/images", "stage2.max_steps": "2000"}
     (first, *_) = plan(GRIDS["table4"], NAME, Path("OUT"), fields, mmvp="MMVP_VLM", zero_shot="sets")
     assert [step.name for step in first.steps] == ["enhance", "mmvp-vlm", "zero-shot", "generation"]
     assert first.steps[0].zero == "zero2"
@@ -183,7 +183,7 @@ def test_a_large_plan_has_the_commands_of_a_large_run():
     assert words[:4] == ("enhance", f"{NAME}-flow", "--output_dir", "OUT/uniform/seed-0")
     changes = dict(zip(words[4::2], words[5::2], strict=True))
     assert changes == {
-        "--t_sampling": "uniform", "--data": "images", "--stage2.max_steps": "2000", "--sample_images": "32",
+        "--t_sampling": "uniform", "--data": "/images", "--stage2.max_steps": "2000", "--sample_images": "32",
     }  # fmt: skip
     assert first.steps[1].command == (
         "mmvp-vlm", "openai/clip-vit-large-patch14", "OUT/uniform/seed-0/tower", "--data", "MMVP_VLM",

@@ -372,3 +372,27 @@ def test_a_stop_signal_saves_and_the_run_goes_on(finished, tiny_fields, tmp_path
     status, err = run_cli(capsys, *start)
     assert status == 0, err
     assert weights(tmp_path / "run") == weights(finished)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ACCELERATE_MIXED_PRECISION": "bf16"},
+        {"ACCELERATE_MIXED_PRECISION": "fp8", "ACCELERATE_FP8_BACKEND": "TE"},
+        {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "7", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+         "ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_VERSION": "2",
+         "ACCELERATE_USE_MEGATRON_LM": "true", "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+         "PARALLELISM_CONFIG_TP_SIZE": "2"},
+        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+         "ACCELERATE_CONFIG_DS_FIELDS": "bf16"},
+    ],
+)  # fmt: skip
+def test_what_accelerate_launch_leaves_behind_changes_no_bit(
+    settings, finished, tiny_fields, tmp_path, monkeypatch, caplog
+) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    enhance(recipe_from(tiny_fields), tmp_path / "run")
+    assert weights(tmp_path / "run") == weights(finished)
+    (message,) = [r.message for r in caplog.records if r.message.startswith("ignored: ")]
+    assert all(f"{name}={value}" in message for name, value in settings.items())

@@ -10,15 +10,17 @@ import hashlib
 import os
 from pathlib import Path
 
+from llava_genhancer.files import expand
+
 CACHE_VARIABLE = "LMMS_EVAL_DATASETS_CACHE"  # lmms-eval's; whoever sets it has chosen
 
 
 def cache_folder(root: Path) -> Path:
     """The cache for the copies in ``root/<organisation>/<name>``."""
     if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen).expanduser()
+        return Path(expand(chosen))
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    base = Path(os.environ.get("HF_DATASETS_CACHE") or f"{home}/datasets").expanduser()
+    base = Path(expand(os.environ.get("HF_DATASETS_CACHE") or f"{home}/datasets"))
     files = sorted(p for p in root.resolve().glob("*/*/**/*") if p.is_file())
     listed = [f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
     return base / f"llava_genhancer-{hashlib.sha256(repr(listed).encode()).hexdigest()[:16]}"

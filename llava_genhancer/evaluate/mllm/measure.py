@@ -21,6 +21,7 @@ from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate.mllm.plugin import DATA_VARIABLE, MODEL, environment
 from llava_genhancer.evaluate.mllm.results import PROVENANCE, RESULTS
 from llava_genhancer.evaluate.mllm.start import checkpoint_folder
+from llava_genhancer.files import expand
 from llava_genhancer.run import read_json, sha256, versions, write_json
 
 GROUP = "genhancer"
@@ -53,6 +54,7 @@ def evaluate(
         InputError: no such checkpoint or data, lmms-eval is not installed, it left no results, or more than a tenth of
             a task's documents have no answer (the results are kept).
     """
+    output_dir = expand(output_dir)
     names = list(labels or (f"model-{i}" for i in range(1, len(checkpoints) + 1)))
     if len(names) != len(checkpoints) or len(set(names)) != len(names):
         raise InputError(f"--labels {' '.join(names)}: give one name for each of {len(checkpoints)} checkpoints")
@@ -61,7 +63,7 @@ def evaluate(
         importlib.metadata.version("lmms_eval")
     except importlib.metadata.PackageNotFoundError:
         raise InputError("lmms-eval is not installed: pip install 'llava-genhancer[eval]'") from None
-    if data is not None and not Path(data).expanduser().is_dir():
+    if data is not None and not Path(expand(data)).is_dir():
         raise InputError(f"--data {data} is not a folder")
     processes = processes or _gpus()
     lost: list[str] = []
@@ -138,7 +140,7 @@ def _environment(data: str | Path | None) -> dict[str, str]:
     local = {}
     if data is not None:
         local = {
-            DATA_VARIABLE: str(Path(data).expanduser().resolve()),
+            DATA_VARIABLE: str(Path(expand(data)).resolve()),
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_OFFLINE": "1",
         }

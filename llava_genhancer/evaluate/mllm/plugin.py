@@ -30,6 +30,7 @@ from llava_genhancer.evaluate.mllm.benchmarks.items import count, unanswered_met
 from llava_genhancer.evaluate.mllm.local_data import CACHE_VARIABLE, cache_folder
 from llava_genhancer.evaluate.mllm.options import OURS, UPSTREAM
 from llava_genhancer.evaluate.mllm.start import RUN_VARIABLE
+from llava_genhancer.files import expand
 from llava_genhancer.resources import resource_dir
 
 MODEL = "llava_genhancer"
@@ -108,7 +109,7 @@ def merge_tasks(tasks: ModuleType) -> None:
         return _say_lost(error)
     builtin = Path(str(tasks.__file__)).parent
     if data := os.environ.get(DATA_VARIABLE):
-        os.environ.setdefault(CACHE_VARIABLE, str(cache_folder(Path(data).expanduser())))
+        os.environ.setdefault(CACHE_VARIABLE, str(cache_folder(Path(expand(data)))))
 
     def initialize_tasks(self: Any, *args: Any, **kwargs: Any) -> Index:
         index: Index = upstream_index(self, *args, **kwargs)
@@ -166,7 +167,7 @@ def _ours(name: str, config: dict[str, Any], index: Mapping[str, Any]) -> dict[s
             f"its own is {UPSTREAM}{name}, and {UPSTREAM_VARIABLE}=1 gives it back its name"
         )
     if data := os.environ.get(DATA_VARIABLE):
-        local = Path(data).expanduser() / config["dataset_path"]
+        local = Path(expand(data)) / config["dataset_path"]
         if not local.is_dir():
             _say(f"{DATA_VARIABLE}={data} holds no {config['dataset_path']}: put a copy there, or unset the variable")
             raise SystemExit(2)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llava_genhancer.errors import InputError, print_error, reason
+from llava_genhancer.files import expand
 
 RUN_VARIABLE = "LLAVA_GENHANCER_RUN"
 # Where a checkpoint lies below what a user names: a checkpoint, a finetuning, a whole run.
@@ -28,7 +29,7 @@ def checkpoint_folder(pretrained: str | None) -> Path:
             f"or set {RUN_VARIABLE} to a run's folder"
         )
     for place in _BELOW:
-        folder = Path(asked).expanduser() / place
+        folder = Path(expand(asked)) / place
         if (folder / "config.json").is_file():
             return folder
     origin = "pretrained" if pretrained else RUN_VARIABLE

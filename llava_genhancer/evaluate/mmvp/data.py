@@ -24,6 +24,7 @@ from PIL import Image
 from llava_genhancer.data.decode import FORMATS, MAX_PIXELS
 from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate.paper import PATTERNS
+from llava_genhancer.files import expand
 from llava_genhancer.run import sha256
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def load_benchmark(path: str | Path) -> Benchmark:
     Raises:
         InputError: unknown layout, a malformed CSV, not 135 pairs, a missing or undecodable image; names row or file.
     """
-    folder = _locate(Path(path).expanduser())
+    folder = _locate(Path(expand(path)))
     pairs = _pairs(folder, _rows(folder / CSV_NAME))
     digest = hashlib.sha256(sha256(folder / CSV_NAME).encode())
     for pair in pairs:

@@ -36,6 +36,7 @@ from llava_genhancer.evaluate.paper import PATTERNS
 from llava_genhancer.evaluate.tower import Tower
 from llava_genhancer.evaluate.towers import choose_device, load_tower
 from llava_genhancer.evaluate.words import p_value, paper_rows
+from llava_genhancer.files import expand
 
 __all__ = [
     "GUESS", "Benchmark", "Comparison", "MmvpResult", "PairResult", "Score", "compare", "evaluate_tower",
@@ -174,7 +175,7 @@ def run(
     if labels is not None and len(labels) != len(towers):
         raise InputError(f"{len(labels)} labels for {len(towers)} towers: give one each")
     chosen = choose_device(device)
-    target = output_path(Path(output).expanduser(), "mmvp_vlm.json") if output is not None else None
+    target = output_path(Path(expand(output)), "mmvp_vlm.json") if output is not None else None
     benchmark = load_benchmark(data)
     results = []
     for name, label in zip(towers, labels or short_labels(towers), strict=True):

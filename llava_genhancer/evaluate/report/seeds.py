@@ -18,6 +18,7 @@ from llava_genhancer.evaluate.question_results import QuestionResult
 from llava_genhancer.evaluate.question_results import load_results as load_answers
 from llava_genhancer.evaluate.report.llava_section import QUESTIONS
 from llava_genhancer.evaluate.words import p_value, percent
+from llava_genhancer.files import expand
 from llava_genhancer.run import MANIFEST, read_json, write_json, write_text
 
 # Student's t, two-sided 95 %, for 1 to 9 degrees of freedom; beyond, a hair wider than exact.
@@ -36,8 +37,8 @@ def write_seeds_report(run_dirs: Sequence[str | Path], output_dir: str | Path) -
     Raises:
         InputError: a run is not measured, or was measured on other pairs, or the folder cannot be written.
     """
-    runs = [Path(run) for run in run_dirs]
-    output_dir = Path(output_dir)
+    runs = [Path(expand(run)) for run in run_dirs]
+    output_dir = Path(expand(output_dir))
     if not runs:
         raise InputError("no runs to report on")
     seeds = [_seed(run) for run in runs]

@@ -25,6 +25,7 @@ from llava_genhancer.evaluate.report import (
 )
 from llava_genhancer.evaluate.report.gathered import Report
 from llava_genhancer.evaluate.report.html import page
+from llava_genhancer.files import expand
 from llava_genhancer.run import MANIFEST, write_json, write_text
 
 PARTS = (MANIFEST, "stage1", "stage2", "tower", "eval", "llava-pretrain", "llava-finetune")
@@ -46,7 +47,7 @@ def write_report(run_dir: str | Path, others: Sequence[str | Path] = (), *, base
     Raises:
         InputError: no such folder, it holds something else than a run, or it cannot be written.
     """
-    folders = [Path(run).expanduser() for run in (run_dir, *others, *([baseline] if baseline else []))]
+    folders = [Path(expand(run)) for run in (run_dir, *others, *([baseline] if baseline else []))]
     for folder in folders:
         _check(folder)
     if baseline and not has_results(folders[-1]) and not (folders[-1] / FOLDER).is_dir():

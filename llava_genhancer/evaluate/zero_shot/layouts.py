@@ -26,6 +26,7 @@ from llava_genhancer.data.entries import read_entries
 from llava_genhancer.errors import InputError, reason
 from llava_genhancer.evaluate.zero_shot.data import Classification, Images, Retrieval, ZeroShotSet
 from llava_genhancer.evaluate.zero_shot.prompts import lines_of, packaged_classes, set_name, templates_of
+from llava_genhancer.files import expand
 from llava_genhancer.run import read_json
 
 SPLITS = ("test", "val", "validation")
@@ -46,7 +47,7 @@ def load_sets(paths: Sequence[str | Path]) -> list[ZeroShotSet]:
     """
     sets: dict[str, ZeroShotSet] = {}
     for path in paths:
-        for folder in find_folders(Path(path).expanduser()):
+        for folder in find_folders(Path(expand(path))):
             found = read_set(folder)
             if found.name in sets:
                 raise InputError(

@@ -36,6 +36,7 @@ from llava_genhancer.evaluate.zero_shot.results import (
     results_to_dict,
 )
 from llava_genhancer.evaluate.zero_shot.table3 import plain_table
+from llava_genhancer.files import expand
 from llava_genhancer.run import write_json
 
 K = 5  # of recall@K
@@ -72,7 +73,7 @@ def run(
     if labels is not None and len(labels) != len(towers):
         raise InputError(f"{len(labels)} labels for {len(towers)} towers: give one each")
     chosen = choose_device(device)
-    target = output_path(Path(output).expanduser(), "zero_shot.json") if output is not None else None
+    target = output_path(Path(expand(output)), "zero_shot.json") if output is not None else None
     sets = load_sets(data)
     store = Store(target.with_suffix("") if target else None)
     found = []
