@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llava_genhancer.chain import command, running
-from llava_genhancer.chain.fork import arguments
+from llava_genhancer.chain.fork import OURS_ALONE, arguments
 from llava_genhancer.chain.needs import Data, llava_data
 from llava_genhancer.chain.steps import Choices, Step, plan, split_fields
 from llava_genhancer.errors import InputError
@@ -123,6 +123,101 @@ def test_a_forks_trainer_gets_llavas_own_arguments(tmp_path) -> None:
     assert words["pretrain"][:4] == ["/fork/python", "-m", "llava_genhancer.launch", "llava.train.train"]
     assert str(Path("run/tower").absolute()) in words["pretrain"]
     assert words["questions"][4] == "run/baseline/llava-finetune"
+
+
+def given(words: tuple[str, ...], name: str) -> str | None:
+    """The value of an option among a step's words."""
+    return words[words.index(name) + 1] if name in words else None
+
+
+@pytest.mark.parametrize("fork", [None, Path("/fork")])
+def test_another_tower_for_llava_leaves_the_baseline_its_own(fork) -> None:
+    name = "--tower" if fork is None else "--vision_tower"
+    for extra in ({}, {"tower": "/another"}):
+        fields = {"llava.tower": "/some/tower"}
+        if extra:
+            with pytest.raises(InputError, match="give one of them"):
+                plan(choices("vicuna-7b", baseline=True, fork=fork, fields=fields, **extra))
+            continue
+        steps = {s.name: s.command for s in plan(choices("vicuna-7b", baseline=True, fork=fork, fields=fields))}
+        for step in ("pretrain", "finetune"):
+            assert given(steps[step], name) == "/some/tower"
+            assert given(steps[f"baseline-{step}"], name) == "openai/clip-vit-large-patch14-336"
+            assert steps[step].count(name) == 1
+
+
+@pytest.mark.parametrize("fork", [None, Path("/fork")])
+def test_other_data_for_llava_reach_every_training_that_reads_them(fork, tmp_path) -> None:
+    fields = {"llava.pretrain.data": str(tmp_path / "a.json"), "llava.pretrain.image_folder": str(tmp_path)}
+    chosen = choices("vicuna-7b", baseline=True, fork=fork, fields=fields, llava_data=tmp_path / "usual", data="x")
+    steps = {s.name: s for s in plan(chosen)}
+    data, images = ("--pretrain.data", "--pretrain.image_folder") if fork is None else ("--data_path", "--image_folder")
+    for step in ("pretrain", "baseline-pretrain"):
+        assert given(steps[step].command, data) == str(tmp_path / "a.json")
+        assert given(steps[step].command, images) == str(tmp_path)
+    finetuning = "--finetune.data" if fork is None else "--data_path"
+    assert given(steps["finetune"].command, finetuning).startswith(str(tmp_path / "usual"))
+    assert str(tmp_path / "a.json") in " ".join(steps["pretrain"].needs)
+
+
+def test_every_field_of_llavas_recipe_reaches_a_forks_trainer_or_is_refused() -> None:
+    """A field that changes no word of the fork's command would be ignored in silence."""
+    from llava_genhancer.fields import field_types, override, to_dict
+    from llava_genhancer.llava.recipes import LlavaRecipe
+
+    base = override(get_recipe("vicuna-7b"), {"lora_rank": 8})
+    values = {
+        "attention": "eager", "conversation": "llama_2", "image_mode": {"square": "pad", "pad": "square"},
+        "lr_scheduler": {"cosine": "constant"}, "normalise_loss": "items", "precision": "fp32", "on_bad_step": "skip",
+        "lora_dropout": 0.5, "max_bad_fraction": 0.5, "warmup_ratio": 0.5, "vision_feature_layer": -3,
+        "projector_learning_rate": 0.5, "max_steps": 7, "global_batch_size": 4096, "adam_beta1": 0.5, "spike_factor": 9,
+    }  # fmt: skip
+
+    def commands(fields) -> list[tuple[str, ...]]:
+        chosen = choices("vicuna-7b", fork=Path("/fork"), fields={f"llava.{k}": str(v) for k, v in fields.items()})
+        return [step.command for step in plan(chosen) if step.fork]
+
+    usual = commands({"lora_rank": 8})
+    for name in field_types(LlavaRecipe):
+        old, value = to_dict(base)[name], values.get(name.rpartition(".")[2])
+        value = value[old] if isinstance(value, dict) else value
+        value = value or (
+            "/x" if old is None or isinstance(old, str) else not old if isinstance(old, bool) else old * 2
+        )
+        if name.rpartition(".")[2] in OURS_ALONE:
+            with pytest.raises(InputError, match="no counterpart in a fork"):
+                commands({"lora_rank": 8, name: value})
+        else:
+            assert commands({"lora_rank": 8, name: value}) != usual, name
+
+
+def test_a_training_that_is_switched_off_is_no_step_of_a_fork() -> None:
+    steps = {s.name: s for s in plan(choices("vicuna-7b", fork=Path("/f"), fields={"llava.pretrain.max_steps": "0"}))}
+    assert "pretrain" not in steps
+    assert "--pretrain_mm_mlp_adapter" not in steps["finetune"].command
+
+
+@pytest.mark.parametrize("files", [None, "config.json", "open_clip_config.json"])
+def test_a_tower_is_measured_once(files, tmp_path) -> None:
+    """A hub id has no date; a folder is as old as its config, in either format."""
+    tower = "openai/clip-vit-base-patch32"
+    if files:
+        tower = str(tmp_path / "tower")
+        (tmp_path / "tower").mkdir()
+        (tmp_path / "tower" / files).write_text("{}")
+        os.utime(tmp_path / "tower" / files, (1, 1))
+    chosen = Choices(preset="vicuna-7b", run_dir=tmp_path / "run", tower=tower, mmvp="pairs", zero_shot="sets")
+    steps = {step.name: step for step in plan(chosen)}
+    for name in ("mmvp", "zero-shot"):
+        assert not steps[name].done_before()
+        steps[name].result.parent.mkdir(parents=True, exist_ok=True)
+        steps[name].result.write_text("{}")
+        assert steps[name].done_before()
+        if files:
+            os.utime(tmp_path / "tower" / files, None)
+            os.utime(steps[name].result, (1, 1))
+            assert not steps[name].done_before()
+            os.utime(tmp_path / "tower" / files, (1, 1))
 
 
 def test_a_measurement_is_skipped_while_it_is_newer_than_what_it_measures(tmp_path, capsys) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from llava_genhancer.arguments import path
 from llava_genhancer.chain.running import run, show
-from llava_genhancer.chain.steps import PRESETS, Choices, plan
+from llava_genhancer.chain.steps import PRESETS, Choices, chosen_data, plan, split_fields
 from llava_genhancer.errors import InputError
+from llava_genhancer.fields import override
+from llava_genhancer.llava.recipes import get_recipe
 
 PROG = "enhance_then_llava"
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -127,7 +129,7 @@ def check(choices: Choices) -> None:
     Raises:
         InputError: no lmms-eval, GPU, images or LLaVA data, no such tower, hostfile or fork, or a fork without us.
     """
-    from llava_genhancer.chain.needs import check_lmms_eval, llava_data
+    from llava_genhancer.chain.needs import check_lmms_eval
 
     for name, given in (
         ("--zero_shot", choices.zero_shot),
@@ -156,7 +158,8 @@ def check(choices: Choices) -> None:
             f"{choices.preset} needs images to enhance with: add --data PATH (tar shards, an image folder, a dataset "
             "or LLaVA's JSON), or --tower DIR to use a tower as it is"
         )
-    for name, data in llava_data(choices.preset, choices.llava_data).items():
+    llava = override(get_recipe(choices.preset), split_fields(choices.fields)[1])
+    for name, data in chosen_data(choices, llava).items():
         if missing := data.missing():
             raise InputError(f"{missing[0]} is missing: the plan's step {name} shows the commands to get it")
     import torch

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from llava_genhancer.chain.needs import Data
+from llava_genhancer.errors import InputError
+from llava_genhancer.fields import GUARD_FIELDS
 from llava_genhancer.llava.recipes import LlavaRecipe
+
+# Fields of our LLaVA recipe that no argument of LLaVA's train.py expresses.
+OURS_ALONE = (
+    "attention", "cache_folder", "keep_checkpoints", "max_bad_fraction", "name", "normalise_loss", "precision",
+    *GUARD_FIELDS, "packing", "cache_features",
+)  # fmt: skip
+
+
+def check_fields(changed: Iterable[str]) -> None:
+    """Refuse changes of fields that a fork's trainer would not read.
+
+    Raises:
+        InputError: with the first such field.
+    """
+    for name in changed:
+        if name.rpartition(".")[2] in OURS_ALONE:
+            raise InputError(
+                f"--llava.{name} has no counterpart in a fork's train.py: leave it out, or leave out --fork"
+            )
 
 
 def arguments(
@@ -20,6 +41,11 @@ def arguments(
     from llava_genhancer.toyworld.paths import resolve
 
     table = recipe.step(step)
+    if table.global_batch_size % (table.per_device_batch_size * world):
+        raise InputError(
+            f"--llava.{step}.global_batch_size {table.global_batch_size} is not a multiple of {world} processes x "
+            f"per_device_batch_size {table.per_device_batch_size}: change one of them"
+        )
     values: dict[str, object] = {
         "model_name_or_path": resolve(recipe.llm),
         "version": table.conversation,
@@ -34,12 +60,16 @@ def arguments(
         "output_dir": (folder / f"llava-{step}").absolute(),
         "num_train_epochs": table.epochs,
         "per_device_train_batch_size": table.per_device_batch_size,
-        "gradient_accumulation_steps": max(1, table.global_batch_size // (table.per_device_batch_size * world)),
+        "gradient_accumulation_steps": table.global_batch_size // (table.per_device_batch_size * world),
         "save_strategy": "steps",
         "save_steps": table.save_steps,
         "save_total_limit": 1,
         "learning_rate": table.learning_rate,
         "weight_decay": recipe.weight_decay,
+        "adam_beta1": recipe.adam_beta1,
+        "adam_beta2": recipe.adam_beta2,
+        "adam_epsilon": recipe.adam_epsilon,
+        "max_grad_norm": recipe.max_grad_norm,
         "warmup_ratio": table.warmup_ratio,
         "lr_scheduler_type": "constant_with_warmup" if table.lr_scheduler == "constant" else table.lr_scheduler,
         "logging_steps": table.log_steps,
@@ -53,16 +83,18 @@ def arguments(
     values |= {"use_cpu": True} if cpu else {"tf32": True}
     if table.max_steps is not None:
         values["max_steps"] = table.max_steps
+    values["image_aspect_ratio"] = table.image_mode
+    values["group_by_modality_length"] = table.group_by_modality_length
+    if table.projector_learning_rate is not None:
+        values["mm_projector_lr"] = table.projector_learning_rate
     if step == "pretrain":
         values["tune_mm_mlp_adapter"] = True
     else:
-        values["pretrain_mm_mlp_adapter"] = (folder / "llava-pretrain" / "mm_projector.bin").absolute()
-        values["image_aspect_ratio"] = table.image_mode
-        values["group_by_modality_length"] = table.group_by_modality_length
+        if recipe.pretrain.max_steps != 0:
+            values["pretrain_mm_mlp_adapter"] = result("pretrain", folder).absolute()
         if recipe.lora_rank:
             values |= {"lora_enable": True, "lora_r": recipe.lora_rank, "lora_alpha": int(recipe.lora_alpha)}
-        if table.projector_learning_rate is not None:
-            values["mm_projector_lr"] = table.projector_learning_rate
+            values["lora_dropout"] = recipe.lora_dropout
     return options(values)
 
 

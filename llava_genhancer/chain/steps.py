@@ -99,7 +99,10 @@ def plan(choices: Choices) -> list[Step]:
     llava = recipes.override(llava_recipes.get_recipe(choices.preset), llava_fields)
     run_dir, original = choices.run_dir, recipe.backbone
     own = run_dir / "tower"
+    if choices.tower and "tower" in llava_fields:
+        raise InputError(f"--tower {choices.tower} and --llava.tower {llava_fields['tower']}: give one of them")
     tower = choices.tower or str(own.absolute() if choices.fork else own)
+    measured = () if choices.tower and not _is_folder(tower) else (Path(tower),)  # a hub id does not change
     steps = []
     if choices.tower is None:
         data = ["--data", choices.data] if choices.data else []
@@ -113,18 +116,19 @@ def plan(choices: Choices) -> list[Step]:
         ]
         steps.append(Step("enhance", tuple(command), zero="zero2"))
     if (pairs := choices.mmvp or _toy("mmvp_test", choices)) is not None:
-        steps.append(_measure("mmvp", ["mmvp-vlm", original, tower, "--data", pairs], run_dir, "mmvp_vlm", [tower]))
+        steps.append(_measure("mmvp", ["mmvp-vlm", original, tower, "--data", pairs], run_dir, "mmvp_vlm", measured))
     if (sets := choices.zero_shot or _toy("zero_shot_test", choices)) is not None:
         command = ["zero-shot", original, tower, "--data", sets]
-        steps.append(_measure("zero-shot", command, run_dir, "zero_shot", [tower]))
+        steps.append(_measure("zero-shot", command, run_dir, "zero_shot", measured))
     if choices.preset == "tiny":
-        steps.append(_measure("probes", ["probes", original, tower], run_dir, "probes", [tower]))
+        steps.append(_measure("probes", ["probes", original, tower], run_dir, "probes", measured))
     if choices.tower is None and pictured(recipe):
         scored = ("generation", str(run_dir), *(("--data", pairs) if pairs else ()))
         result = run_dir / "eval" / "generation.json"
-        steps.append(Step("generation", scored, result=result, sources=(run_dir / "tower" / "config.json",)))
-    data_of = llava_data(choices.preset, choices.llava_data)
-    trained = [(run_dir, tower, "")]
+        steps.append(Step("generation", scored, result=result, sources=tuple(map(_config, measured))))
+    data_of = chosen_data(choices, llava)
+    # --llava.tower replaces the enhanced tower alone: the baseline is trained with the original one.
+    trained = [(run_dir, llava.tower if "tower" in llava_fields else tower, "")]
     if choices.baseline or choices.preset == "tiny":
         trained.append((run_dir / "baseline", original, "baseline-"))
     for folder, eyes, prefix in trained:
@@ -133,7 +137,7 @@ def plan(choices: Choices) -> list[Step]:
         form = "." if choices.fork else "hf"
         folders = [str(folder / "llava-finetune" / form) for folder, _, _ in reversed(trained)]
         words = ["questions", *folders, "--labels", "original", "enhanced", "--data", _toy("questions_test", choices)]
-        steps.append(_measure("questions", words, run_dir, "questions", folders))
+        steps.append(_measure("questions", words, run_dir, "questions", list(map(Path, folders))))
         steps.append(_chat(folders[-1], choices))
     steps.append(_lmms(choices, [folder for folder, _, _ in reversed(trained)]))
     steps.append(Step("report", ("report", str(run_dir))))
@@ -141,6 +145,17 @@ def plan(choices: Choices) -> list[Step]:
         replace(step, needs=tuple(needs(step.name, choices.preset, llava, data_of, choices.lmms_data)))
         for step in steps
     ]
+
+
+def chosen_data(choices: Choices, llava: llava_recipes.LlavaRecipe) -> dict[str, Data]:
+    """The data of both trainings: LLaVA's own, where no ``--llava.pretrain.data`` or ``image_folder`` names others."""
+    data = llava_data(choices.preset, choices.llava_data)
+    for name, usual in data.items():
+        table = llava.step(name)
+        if table.data or table.image_folder:
+            json, images = Path(table.data or usual.json), Path(table.image_folder or usual.images)
+            data[name] = Data(json, images, usual.folders if table.image_folder is None else (".",))
+    return data
 
 
 def pictured(recipe: recipes.Recipe) -> bool:
@@ -173,20 +188,38 @@ def _llava(
     steps = []
     for name, zero in (("pretrain", "zero2"), ("finetune", "zero3")):
         if choices.fork is not None:
+            fork.check_fields(fields)
+            if llava.step(name).max_steps == 0:
+                continue  # their trainer would take 0 for "as the epochs say"
             words = fork.arguments(llava, name, data[name], tower, folder, world=choices.world, cpu=not choices.gpus)
             made, sources = fork.result(name, folder), fork.sources(name, folder, tower)
+            if name == "finetune" and llava.pretrain.max_steps == 0:
+                sources = ()
             steps.append(Step(prefix + name, tuple(words), zero, made, sources, fork=choices.fork))
             continue
         given = {"tower": tower, f"{name}.data": str(data[name].json), f"{name}.image_folder": str(data[name].images)}
-        words = ["llava", name, choices.preset, "--output_dir", str(folder), *fork.options(given | dict(fields))]
+        given |= {field: value for field, value in fields.items() if field not in given}
+        words = ["llava", name, choices.preset, "--output_dir", str(folder), *fork.options(given)]
         steps.append(Step(prefix + name, tuple(words), zero=zero))
     return steps
 
 
-def _measure(name: str, command: Sequence[str | None], run_dir: Path, file: str, sources: Sequence[str]) -> Step:
+def _is_folder(tower: str) -> bool:
+    """Whether a tower is a path; else the name is a hub id."""
+    return Path(tower).is_absolute() or Path(tower).exists()
+
+
+def _config(model: Path) -> Path:
+    """The file whose date is that of a model's folder, in transformers' format or open_clip's."""
+    return next(
+        (f for f in (model / "config.json", model / "open_clip_config.json") if f.exists()), model / "config.json"
+    )
+
+
+def _measure(name: str, command: Sequence[str | None], run_dir: Path, file: str, sources: Sequence[Path]) -> Step:
     result = run_dir / "eval" / f"{file}.json"
     words = (*(word for word in command if word is not None), "--output", str(result))
-    return Step(name, words, result=result, sources=tuple(Path(s) / "config.json" for s in sources))
+    return Step(name, words, result=result, sources=tuple(map(_config, sources)))
 
 
 def _lmms(choices: Choices, folders: Sequence[Path]) -> Step:
