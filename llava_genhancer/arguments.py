@@ -3,13 +3,40 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
+import sys
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
 from llava_genhancer.errors import InputError, print_error
-from llava_genhancer.fields import field_help, field_types, suggest, to_dict
+from llava_genhancer.fields import field_help, field_types, suggest, suggest_field, to_dict
 from llava_genhancer.files import expand
+
+
+def prepare_streams() -> None:
+    """Make the standard streams safe to use: closed ones lead to nowhere, what cannot be encoded is written escaped.
+
+    Where file names are not UTF-8 (``LC_ALL=C``), start this command again in Python's UTF-8 mode.
+    """
+    asked = sys.argv[1:]
+    own_process = sys.orig_argv[len(sys.orig_argv) - len(asked) :] == asked  # not a call from somebody's Python
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1" and own_process:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "PYTHONUTF8": "1"})
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:  # else the next file that is opened would get this number, and prints with it
+                nowhere = os.open(os.devnull, os.O_RDWR)
+                if nowhere != number:
+                    os.dup2(nowhere, number)
+                    os.close(nowhere)
+            setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,6 +44,22 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs, allow_abbrev=False)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """argparse's own, once every ``--name`` is an option of this verb: else its nearest is named first."""
+        words = list(sys.argv[1:] if args is None else args)
+        words = words[: words.index("--")] if "--" in words else words
+        for word in words if self._subparsers is None else ():
+            name = word.partition("=")[0]
+            if name.startswith("--") and name not in self._option_string_actions:
+                fields = self._defaults.get("fields") is not None and field_types(type(self._defaults["any_recipe"]))
+                known = [o.removeprefix("--") if o.removeprefix("--") in (fields or ()) else o for o in self._options()]
+                near = suggest_field(name if name in known else name.removeprefix("--"), known)
+                self.error(f"unknown argument {name}{near}{'' if near else f'; see `{self.prog} --help`'}")
+        return super().parse_known_args(args, namespace)
+
+    def _options(self) -> list[str]:
+        return [option for option in self._option_string_actions if option.startswith("--")]
 
     def error(self, message: str) -> NoReturn:
         """Print the error once for all ranks, and exit with status 2."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from llava_genhancer.units import duration
+from llava_genhancer.units import duration, rate_in_words
 
 if TYPE_CHECKING:
     from llava_genhancer.trainer import ExactTrainer
@@ -68,7 +69,7 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if self.bar is None or not logs or "loss" not in logs:
             return
-        text = f"loss {logs['loss']:.4f}, {logs.get('images_per_second', 0):.1f} images/s"
+        text = f"loss {logs['loss']:.4f}, {rate_in_words(logs.get('images_per_second', 0.0), 'image')}"
         if not self.bar.disable:
             self.bar.set_postfix_str(text)
         elif time.monotonic() - self.last_line > self.LINE_SECONDS or state.global_step >= state.max_steps:
@@ -78,7 +79,8 @@ class Progress(TrainerCallback):
             )
             left = f", {duration((state.max_steps - state.global_step) / rate)} left" if rate else ""
             name = self.trainer.stage_dir.name
-            print(f"{name} step {state.global_step}/{state.max_steps}: {text}{left}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # nobody reads; the training goes on
+                print(f"{name} step {state.global_step}/{state.max_steps}: {text}{left}", file=sys.stderr, flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:

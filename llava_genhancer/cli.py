@@ -6,6 +6,7 @@ line says what); 128 + signal: stopped with a checkpoint, the same command goes 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 from llava_genhancer import __version__, recipes
 from llava_genhancer.ablate.grids import NAMES
-from llava_genhancer.arguments import Parser, Verbs, add_fields, path
+from llava_genhancer.arguments import Parser, Verbs, add_fields, path, prepare_streams
 from llava_genhancer.enhance import commands as enhancing
 from llava_genhancer.errors import InputError, disk_failure, lost_rank, out_of_memory, print_error, reason
 from llava_genhancer.evaluate import commands as measuring
@@ -24,6 +25,7 @@ from llava_genhancer.llava import commands as training
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one verb and exit with its status."""
+    prepare_streams()
     try:
         status = _run(list(sys.argv[1:] if argv is None else argv))
     except InputError as error:
@@ -70,7 +72,8 @@ def _known_failure(error: Exception) -> tuple[int, Exception | str] | None:
 
 def _fail(status: int, message: object) -> int:
     """Print one line, once for all ranks with the same error, and return the status."""
-    print_error(message)
+    with contextlib.suppress(OSError):  # nobody reads
+        print_error(message)
     return status
 
 
@@ -80,10 +83,7 @@ def _run(argv: list[str]) -> int:
     argv = [a for a in argv if not a.startswith("--local_rank=")]
     args, rest = parser.parse_known_args(argv)
     if rest:
-        name = rest[0].partition("=")[0]
-        if hasattr(args, "fields") and name.startswith("--"):
-            recipes.override(args.any_recipe, {name[2:]: ""})  # raises, with the nearest name
-        parser.error(f"unknown argument {name}; see `llava-genhancer {args.verb} --help`")
+        parser.error(f"unknown argument {rest[0]}; see `llava-genhancer {args.verb} --help`")
     level = logging.INFO if args.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr)
     if not args.verbose:

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import shutil
+import socket
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from llava_genhancer import run
-from llava_genhancer.errors import InputError, plain, reason
+from llava_genhancer.errors import InputError, OneRankError, plain, reason
 from llava_genhancer.fields import Guards
 from llava_genhancer.files import expand
 from llava_genhancer.resources import resource_dir
@@ -50,6 +51,21 @@ _HARMLESS_SETTINGS = (
 )
 _SWITCHED_OFF = ("", "0", "1", "false", "no", "none")
 
+_RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_STARTED_TOGETHER = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+_LAUNCH = "start with torchrun or deepspeed"
+
+
+def _complete_launch(deepspeed: str | None) -> None:
+    """Set what a single process lacks to be rank 0 of 1, if DeepSpeed (which else asks for MPI) or accelerate look."""
+    missing = [name for name in _RENDEZVOUS if not os.environ.get(name)]
+    if missing and (deepspeed is not None or "LOCAL_RANK" not in missing):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        alone = dict(zip(_RENDEZVOUS, ("0", "1", "0", "127.0.0.1", port), strict=True))
+        os.environ.update({name: alone[name] for name in missing})
+
 
 def drop_launcher_settings() -> dict[str, str]:
     """Remove the environment variables by which accelerate changes precision, accumulation, plugins or compilation.
@@ -65,8 +81,34 @@ def drop_launcher_settings() -> dict[str, str]:
     return {name: value for name, value in values.items() if value.lower() not in _SWITCHED_OFF}
 
 
-def check_launcher_settings() -> None:
-    """:func:`drop_launcher_settings`, and name on rank 0 what was set and is ignored."""
+def check_launch() -> None:
+    """Check the variables by which ranks find each other; call first, before any of them is read.
+
+    One process needs none of them. Variables of accelerate's are dropped, and those that would have changed the run
+    are named on rank 0.
+
+    Raises:
+        OneRankError: several processes that no launcher has joined, or variables that contradict each other.
+    """
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        if name in os.environ:
+            if not os.environ[name].isdecimal():
+                raise OneRankError(f"{name}={os.environ[name]} is no number: {_LAUNCH}, or unset it")
+            numbers[name] = int(os.environ[name])
+    missing = [name for name in _RENDEZVOUS if not os.environ.get(name)]
+    for name in _STARTED_TOGETHER if missing else ():
+        if os.environ.get(name, "").isdecimal() and int(os.environ[name]) > 1:
+            raise OneRankError(
+                f"{name}={os.environ[name]}: these processes would each train alone, since {', '.join(missing)} are "
+                f"not set: {_LAUNCH} in place of mpirun or srun"
+            )
+    rank, world = numbers.get("RANK", 0), numbers.get("WORLD_SIZE", 1)
+    if missing and (world > 1 or rank > 0 or numbers.get("LOCAL_RANK", 0) > 0):
+        given = ", ".join(f"{name}={os.environ[name]}" for name in _RENDEZVOUS if name not in missing)
+        raise OneRankError(f"{given}, but {', '.join(missing)} are not set: {_LAUNCH}, or unset them all")
+    if not rank < world:
+        raise OneRankError(f"RANK={rank} must be below WORLD_SIZE={world}: {_LAUNCH}, or unset both")
     ignored = drop_launcher_settings()
     if ignored and os.environ.get("RANK", "0") == "0":
         log.warning(
@@ -157,6 +199,7 @@ def training_arguments(
     """
     on_cpu = not torch.cuda.is_available()
     deepspeed = None if deepspeed is None else expand(deepspeed)
+    _complete_launch(deepspeed)
     if deepspeed is not None and on_cpu:
         _prepare_deepspeed_on_cpu()
     steps = accumulation(global_batch_size, per_device_batch_size)

@@ -24,14 +24,15 @@ T = TypeVar("T")
 R = TypeVar("R")  # a recipe class: Recipe in recipes.py, LlavaRecipe in llava/recipes.py
 
 
-def option(default: T, help: str, *, path: Literal["path", "name"] | None = None) -> T:
+def option(default: T, help: str, *, path: Literal["path", "name"] | None = None, at_most: str | None = None) -> T:
     """A dataclass field with a default and the sentence that documents it (``--help`` and ``recipes`` print it).
 
     Args:
         path: ``"path"`` for a file or folder, ``"name"`` for a path or else a model's hub id; see
             :func:`resolve_paths`.
+        at_most: a field of the same class; where that one is lowered, :func:`override` lowers this default with it.
     """
-    return typing.cast(T, field(default=default, metadata={"help": help, "path": path}))
+    return typing.cast(T, field(default=default, metadata={"help": help, "path": path, "at_most": at_most}))
 
 
 def resolve_paths(recipe: Any) -> None:
@@ -118,7 +119,7 @@ def override(recipe: R, changes: Mapping[str, Any]) -> R:
     for name, value in changes.items():
         if name not in known:
             raise InputError(
-                f"unknown recipe field '{name}'{suggest(name, known)}; `llava-genhancer recipes` lists all"
+                f"unknown recipe field '{name}'{suggest_field(name, known)}; `llava-genhancer recipes` lists all"
             )
         parsed = _parse(name, value, known[name])
         stage, _, inner = name.rpartition(".")
@@ -128,10 +129,24 @@ def override(recipe: R, changes: Mapping[str, Any]) -> R:
             top[name] = parsed
     for stage, fields in nested.items():
         try:
-            top[stage] = dataclasses.replace(getattr(recipe, stage), **fields)
+            table = getattr(recipe, stage)
+            top[stage] = dataclasses.replace(table, **_lowered(table, fields), **fields)
         except InputError as error:
             raise InputError(f"{stage}: {error}") from None
     return typing.cast(R, dataclasses.replace(typing.cast(Any, recipe), **top))
+
+
+def _lowered(table: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a stage config that ``changes`` leave alone, and that must not exceed a changed one."""
+    lowered: dict[str, Any] = {}
+    for f in dataclasses.fields(table):
+        top = changes.get(f.metadata.get("at_most") or "")
+        if top is not None and f.name not in changes:
+            value = getattr(table, f.name)
+            lowered[f.name] = (
+                tuple(v for v in value if v <= top) if isinstance(value, tuple) else min(value, max(top, 0))
+            )
+    return lowered
 
 
 def to_dict(recipe: Any) -> dict[str, Any]:
@@ -160,6 +175,38 @@ def suggest(name: str, known: typing.Iterable[str]) -> str:
     """``, did you mean 'NEAREST'?`` for an unknown name, or nothing."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f", did you mean '{near[0]}'?" if near else ""
+
+
+# What other trainers call our fields.
+ALIASES = {
+    "lr": ("learning_rate",), "max_lr": ("learning_rate",), "batch_size": ("global_batch_size",),
+    "bs": ("global_batch_size",), "batch": ("global_batch_size",),
+    "per_device_train_batch_size": ("per_device_batch_size",), "micro_batch_size": ("per_device_batch_size",),
+    "gradient_accumulation_steps": ("global_batch_size",), "epochs": ("epochs", "max_steps"),
+    "num_train_epochs": ("epochs", "max_steps"), "num_epochs": ("epochs", "max_steps"), "steps": ("max_steps",),
+    "num_steps": ("max_steps",), "iterations": ("max_steps",), "warmup": ("warmup_steps", "warmup_ratio"),
+    "lr_scheduler_type": ("lr_scheduler",), "scheduler": ("lr_scheduler",), "wd": ("weight_decay",),
+    "grad_clip": ("max_grad_norm",), "clip_grad_norm": ("max_grad_norm",), "workers": ("num_workers",),
+    "dataloader_num_workers": ("num_workers",), "mixed_precision": ("precision",), "bf16": ("precision",),
+    "output": ("output_dir",), "out": ("output_dir",), "out_dir": ("output_dir",), "save_dir": ("output_dir",),
+    "data_path": ("data",), "data_dir": ("data",), "dataset": ("data",), "train_data": ("data",),
+    "model": ("backbone", "llm"),
+    "model_name_or_path": ("backbone", "llm"), "vision_tower": ("tower", "backbone"), "clip": ("backbone",),
+    "lora_r": ("lora_rank",), "rank": ("lora_rank",), "logging_steps": ("log_steps",), "random_seed": ("seed",),
+    "resolution": ("image_size",), "optim": ("optimizer",), "version": ("conversation",),
+}  # fmt: skip
+
+
+def suggest_field(name: str, known: typing.Iterable[str]) -> str:
+    """Like :func:`suggest` for dotted names; also finds what other trainers call them, in every stage."""
+    names = list(known)
+    stage, _, last = name.rpartition(".")
+    for word in ALIASES.get(last, (last,)):
+        found = [n for n in names if n.rpartition(".")[2].removeprefix("--") == word]
+        within = [n for n in found if stage and n.startswith(f"{stage}.")]
+        if near := within or found:
+            return f", did you mean {' or '.join(repr(n) for n in near[:4])}?"
+    return suggest(name, names)
 
 
 def _parse(name: str, value: Any, kind: Any) -> Any:

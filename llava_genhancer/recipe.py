@@ -23,11 +23,15 @@ class StageRecipe:
     learning_rate: float = option(1e-4, "peak learning rate")
     max_steps: int = option(100_000, "optimizer steps; 0 skips the stage")
     lr_scheduler: Literal["constant", "cosine"] = option("constant", "schedule after the warm-up")
-    warmup_steps: int = option(0, "linear warm-up; the reference states 10 and ignores it, so the paper's runs had 0")
+    warmup_steps: int = option(
+        0, "linear warm-up; the reference states 10 and ignores it, so the paper's runs had 0", at_most="max_steps"
+    )
     save_steps: int = option(1_000, "steps between checkpoints")
     sample_steps: int = option(5_000, "steps between reconstruction pictures; 0 draws none")
     log_steps: int = option(10, "steps between log entries")
-    snapshot_steps: tuple[int, ...] = option((), "steps whose trained weights are kept for `export --step N`")
+    snapshot_steps: tuple[int, ...] = option(
+        (), "steps whose trained weights are kept for `export --step N`", at_most="max_steps"
+    )
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.trains) - set(PARTS))
@@ -38,7 +42,10 @@ class StageRecipe:
         if self.max_steps < 0 or self.save_steps < 1 or self.log_steps < 1 or self.sample_steps < 0:
             raise InputError("a stage needs max_steps >= 0, save_steps >= 1, log_steps >= 1 and sample_steps >= 0")
         if not 0 <= self.warmup_steps <= max(self.max_steps, 0):
-            raise InputError(f"warmup_steps={self.warmup_steps} must lie between 0 and max_steps={self.max_steps}")
+            raise InputError(
+                f"warmup_steps={self.warmup_steps} must lie between 0 and max_steps={self.max_steps}: lower it, or "
+                "raise max_steps"
+            )
         if not 0 < self.learning_rate <= 1:
             raise InputError(f"learning_rate={self.learning_rate} must be positive and at most 1")
 

@@ -35,6 +35,7 @@ from llava_genhancer.callbacks import Flow, Progress
 from llava_genhancer.errors import InputError, disk_failure, reason
 from llava_genhancer.fields import Guards
 from llava_genhancer.guard import BadStep, LossGuard, LossSpike, NonFiniteLoss
+from llava_genhancer.units import significant
 from llava_genhancer.watchdog import Watchdog, launcher
 
 __all__ = ["BadStep", "ExactTrainer", "LossSpike", "NonFiniteLoss", "TrainingStopped"]
@@ -412,7 +413,7 @@ class ExactTrainer(Trainer):
             now, step = time.monotonic(), self.state.global_step
             then, before = self.last_log
             images = (step - before) * self.args.train_batch_size * self.args.gradient_accumulation_steps
-            logs["images_per_second"] = round(images * self.world_size / max(now - then, 1e-9), 3)
+            logs["images_per_second"] = significant(images * self.world_size / max(now - then, 1e-9))
             self.last_log = (now, step)
         super().log(logs, start_time)
 

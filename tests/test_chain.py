@@ -182,7 +182,7 @@ def test_every_field_of_llavas_recipe_reaches_a_forks_trainer_or_is_refused() ->
         old, value = to_dict(base)[name], values.get(name.rpartition(".")[2])
         value = value[old] if isinstance(value, dict) else value
         value = value or (
-            "/x" if old is None or isinstance(old, str) else not old if isinstance(old, bool) else old * 2
+            "/x" if old is None or isinstance(old, str) else not old if isinstance(old, bool) else old * 2 or 0.5
         )
         if name.rpartition(".")[2] in OURS_ALONE:
             with pytest.raises(InputError, match="no counterpart in a fork"):

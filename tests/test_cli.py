@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -102,7 +103,22 @@ def test_every_verb_is_explained(capsys) -> None:
         (("enhance", "tiny", "--output_dir", "R", "--lora_rank", "x"), "lora_rank=x: needs a value of type int"),
         (("enhance", "tiny", "--output_dir", "R", "3"), "unknown argument 3"),
         (("enhance", "tiny", "--output_dir", "R", "--stage", "3"), "--stage: invalid choice: 3"),
-        (("enhance", "tiny", "--output_dir", "R", "--stage1.max_steps", "4"), "stage1: warmup_steps=20 must lie"),
+        (
+            ("enhance", "tiny", "--output_dir", "R", "--stage1.max_steps", "4", "--stage1.warmup_steps", "5"),
+            "stage1: warmup_steps=5 must lie between 0 and max_steps=4: lower it",
+        ),
+        (("enhance", "tiny", "--output", "R"), "did you mean '--output_dir'?"),
+        (("enhance", "tiny", "--output_dir", "R", "--stage2.lr", "1"), "did you mean 'stage2.learning_rate'?"),
+        (
+            ("enhance", "tiny", "--output_dir", "R", "--lr", "1"),
+            "did you mean 'stage1.learning_rate' or 'stage2.learning_rate'?",
+        ),
+        (("enhance", "tiny", "--output_dir", "R", "--batch_size=1"), "did you mean 'global_batch_size'?"),
+        (("enhance", "tiny", "--output_dir", "R", "--epochs", "1"), "'stage2.max_steps'"),
+        (("llava", "finetune", "tiny", "--output_dir", "R", "--epochs", "1"), "'finetune.epochs'"),
+        (("llava", "pretrain", "tiny", "--out_dir", "R"), "did you mean '--output_dir'?"),
+        (("mmvp-vlm", "T", "--data", "D", "--output_dir", "R"), "did you mean '--output'?"),
+        (("report", "R", "--base_line", "R"), "did you mean '--baseline'?"),
         (("enhance", "tiny", "--output_d", "R"), "--output_dir"),  # no abbreviations
         (("export", "nowhere", "--output_dir", "T"), "nowhere"),
         (("export", "nowhere", "--output_dir", "T", "--lora_scale", "much"), "invalid float value: 'much'"),
@@ -262,3 +278,51 @@ def test_a_full_disk_under_stdout_is_one_line() -> None:
         done = command("recipes", "tiny", stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 2
     assert "No space left on device" in one_line(done.stderr)
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_error(closed, tmp_path) -> None:
+    """What is written meanwhile must not end in a file that was given a stream's number."""
+    figure = tmp_path / "figures" / "fig5.png"
+    verbs = [f"ablate fig5 --output_dir {tmp_path}", "recipes tiny"]
+    for verb in verbs:
+        done = subprocess.run(
+            ["bash", "-c", f"{sys.executable} -m llava_genhancer {verb} {closed}"], capture_output=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        assert b"Traceback" not in done.stderr
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    failing = ["bash", "-c", f"{sys.executable} -m llava_genhancer recipes tinny {closed}"]
+    assert subprocess.run(failing, capture_output=True, timeout=120).returncode == 2
+
+
+@pytest.mark.parametrize("environment", [ASCII, {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_names_outside_ascii_under_an_ascii_locale(environment, tmp_path, images_folder) -> None:
+    folder = tmp_path / "größe 図"
+    shutil.copytree(images_folder, folder)
+    words = ["doctor", "tiny", "--data", str(folder), "--output_dir", str(folder / "läuft")]
+    done = command(*words, env={**os.environ, **environment}, capture_output=True)
+    assert "Traceback" not in done.stderr
+    assert "the first image decodes" in done.stdout
+    words = ["ablate", "fig5", "--output_dir", str(folder / "läuft")]
+    done = command(*words, env={**os.environ, **environment}, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (folder / "läuft" / "figures" / "fig5.png").is_file()
+    done = command("enhance", "größe", "--output_dir", "R", env={**os.environ, **environment}, capture_output=True)
+    assert done.returncode == 2
+    assert "unknown recipe" in one_line(done.stderr)
+
+
+@pytest.mark.parametrize("stdin", ["</dev/null", "<&-", "<<< $'\\xff is that?\\n'"])
+def test_chat_without_a_question_ends(stdin, llava_folders, images_folder) -> None:
+    image = next(images_folder.iterdir())
+    words = f"{sys.executable} -m llava_genhancer llava chat {llava_folders}/hf {image} --max_new_tokens 2"
+    for extra in ("", f"--question 'größer? {chr(0x56F3)}'"):
+        done = subprocess.run(
+            ["bash", "-c", f"{words} {extra} {stdin}"], env={**os.environ, **ASCII}, capture_output=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        assert b"Traceback" not in done.stderr

@@ -235,3 +235,18 @@ def test_the_nearest_name_has_its_method() -> None:
 def test_recipes_cannot_be_changed_in_place() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         get_recipe("tiny").lora_rank = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("steps", [0, 4, 60])
+def test_a_shorter_stage_lowers_what_the_recipe_derives_from_its_length(steps) -> None:
+    changed = override(get_recipe("tiny"), {"stage1.max_steps": str(steps), "stage2.max_steps": str(steps)})
+    assert changed.stage1.warmup_steps == min(20, steps)
+    assert changed.stage2.snapshot_steps == tuple(s for s in (50, 100, 200, 400) if s <= steps)
+    assert from_dict(to_dict(changed), Recipe) == changed
+    kept = override(get_recipe("tiny"), {"stage2.max_steps": steps, "stage2.snapshot_steps": "9"})
+    assert kept.stage2.snapshot_steps == (9,), "what was asked for stays"
+    if steps < 30:
+        with pytest.raises(InputError, match="stage1: warmup_steps=30 must lie"):
+            override(get_recipe("tiny"), {"stage1.max_steps": steps, "stage1.warmup_steps": 30})
+    longer = override(get_recipe("tiny"), {"stage1.max_steps": 5_000})
+    assert longer.stage1.warmup_steps == 20

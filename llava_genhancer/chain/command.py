@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from llava_genhancer.arguments import path
+from llava_genhancer.arguments import path, prepare_streams
 from llava_genhancer.chain.running import run, show
-from llava_genhancer.chain.steps import PRESETS, Choices, chosen_data, plan, split_fields
+from llava_genhancer.chain.steps import LLAVA, PRESETS, Choices, chosen_data, plan, split_fields
 from llava_genhancer.errors import InputError
-from llava_genhancer.fields import override
-from llava_genhancer.llava.recipes import get_recipe
+from llava_genhancer.fields import field_types, override, suggest_field
+from llava_genhancer.llava.recipes import LlavaRecipe, get_recipe
+from llava_genhancer.recipes import Recipe
 
 PROG = "enhance_then_llava"
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -64,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the plan, run it, exit with the status of the step that failed or 0."""
+    prepare_streams()
     try:
         status = _main(list(sys.argv[1:] if argv is None else argv))
     except InputError as error:
@@ -71,11 +74,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         status = 2
     except KeyboardInterrupt:
         status = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = 0
     sys.exit(status)
 
 
 def _main(argv: list[str]) -> int:
-    args, rest = parser().parse_known_args(argv)
+    options = parser()
+    args, rest = options.parse_known_args(argv)
+    _check_names(fields(rest), [option for option in options._option_string_actions if option.startswith("--")])
     choices = Choices(
         preset=args.preset,
         run_dir=Path(args.output_dir or f"runs/{args.preset}"),
@@ -101,6 +109,19 @@ def _main(argv: list[str]) -> int:
         return 0
     check(choices)
     return run(steps, choices, args.start)
+
+
+def _check_names(given: Iterable[str], options: Sequence[str]) -> None:
+    """Refuse a field that no recipe has, with the nearest of all names that could stand here.
+
+    Raises:
+        InputError: with the first such field.
+    """
+    theirs = field_types(LlavaRecipe)
+    known = [*options, *field_types(Recipe), *(LLAVA + name for name in theirs)]
+    for name in given:
+        if name not in known and name not in theirs:  # the plan tells of a prefix that is left out
+            raise InputError(f"unknown argument --{name}{suggest_field(name, known)}; --help lists all")
 
 
 def fields(words: Sequence[str]) -> dict[str, str]:

@@ -29,7 +29,7 @@ from llava_genhancer.convert.open_clip import OpenClipSource
 from llava_genhancer.convert.weights import clip_rows, siglip_rows, to_hf, to_open_clip, without_text_prefix
 from llava_genhancer.errors import InputError
 from llava_genhancer.files import expand, sha256, staged_folder
-from llava_genhancer.run import sha256, write_json
+from llava_genhancer.run import write_json
 from llava_genhancer.tower.export import MARKER, is_tower, save_tower
 
 log = logging.getLogger(__name__)
@@ -177,7 +177,11 @@ def _rows(config: Any) -> Any:
 
 @torch.no_grad()
 def compare(one: nn.Module, other: nn.Module, config: Any) -> float:
-    """The largest difference of two models' embeddings of random images and texts, relative to the largest entry."""
+    """The largest difference of two models' embeddings of random images and texts, relative to the largest entry.
+
+    Raises:
+        InputError: an embedding of either model is not finite.
+    """
     generator = torch.Generator().manual_seed(0)
     side, text = config.vision_config.image_size, config.text_config
     pixels = torch.randn(2, 3, side, side, generator=generator)
@@ -186,12 +190,15 @@ def compare(one: nn.Module, other: nn.Module, config: Any) -> float:
     tokens[:, -1] = (
         text.vocab_size - 1 if config.model_type == "siglip" or text.eos_token_id == 2 else text.eos_token_id
     )
-    pairs = zip(hf.embeddings(one, pixels, tokens), hf.embeddings(other, pixels, tokens), strict=True)
+    pairs = list(zip(hf.embeddings(one, pixels, tokens), hf.embeddings(other, pixels, tokens), strict=True))
+    for name, found in zip(("the original", "the converted model"), zip(*pairs, strict=True), strict=True):
+        if not all(embedding.isfinite().all() for embedding in found):
+            raise InputError(f"the embeddings of {name} are not finite, so nothing was written: its weights are broken")
     return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
 
 
 def _check(difference: float) -> float:
-    if difference > TOLERANCE:
+    if not difference <= TOLERANCE:  # so that NaN fails
         raise InputError(
             f"the converted model's embeddings differ by {difference:.1e} of their largest entry (allowed "
             f"{TOLERANCE:.0e}), so nothing was written: are --activation and --head_width right?"

@@ -90,6 +90,7 @@ def inspect(
     yield models.target(recipe, vae)
     if recipe.denoiser_weights is not None:
         yield models.denoiser(recipe)
+    yield from models.export(recipe, Path(expand(run_dir)))
     finding, images = paths.data(recipe)
     yield finding
     yield from devices.gpu_lines(recipe, torch, here, gpus)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from llava_genhancer import costs, machine
@@ -53,6 +54,21 @@ def backbone(recipe: Recipe, facts: Backbone | None) -> Finding:
     if local and not any((path / file).is_file() for file in WEIGHTS):
         return says(PROBLEM, f"{found}, but no weights", "fetch model.safetensors into that folder")
     return says(OK, found)
+
+
+def export(recipe: Recipe, run_dir: Path) -> Iterator[Finding]:
+    """What would stop the tower's export, by the check that a run begins with. The hub is not asked."""
+    folder = Path(resolve(recipe.backbone))
+    if not any((folder / name).is_file() for name in ("config.json", "open_clip_config.json")):
+        return
+    try:
+        from llava_genhancer.enhance.export import check_run_export
+
+        check_run_export(recipe, run_dir)
+    except ImportError:  # the lines on versions say what is missing
+        return
+    except InputError as error:
+        yield Finding(PROBLEM, "export", str(error), "the run would refuse to start")
 
 
 def target(recipe: Recipe, facts: Vae) -> Finding:

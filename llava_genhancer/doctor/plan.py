@@ -14,7 +14,7 @@ from llava_genhancer.doctor import devices
 from llava_genhancer.doctor.devices import Gpu
 from llava_genhancer.doctor.findings import NOTE, OK, PROBLEM, Finding, flops, gib, several
 from llava_genhancer.recipes import Recipe
-from llava_genhancer.units import duration
+from llava_genhancer.units import duration, significant
 
 CPU_DAYS = 3.0  # a training that takes longer than this on the CPU wants a GPU
 A100 = 312e12  # dense bf16 FLOP/s, for a forecast where no GPU can be asked
@@ -61,7 +61,7 @@ class Plan:
                 yield Finding(OK, "compute", counted)
                 return
             least = duration(sum(work) / rate / ranks)
-            basis = f"{several(ranks, 'GPU')} at this one's measured {rate / 1e12:.0f} TFLOP/s"
+            basis = f"{several(ranks, 'GPU')} at this one's measured {significant(rate / 1e12, 3):g} TFLOP/s"
             yield Finding(OK, "compute", f"{counted}: at least {least} on {basis}")
             return
         seconds = sum(work) / devices.matmul_rate(torch, "cpu", torch.float32, 512)

@@ -21,7 +21,7 @@ from llava_genhancer.convert.open_clip import own_state, read_config, write_fold
 from llava_genhancer.enhance.backbones import OPEN_CLIP, VisionBackbone
 from llava_genhancer.errors import InputError
 from llava_genhancer.files import staged_folder
-from llava_genhancer.tower.export import MARKER, TOKENIZER_FILES, find_file, is_tower, read_marker
+from llava_genhancer.tower.export import MARKER, TOKENIZER_FILES, check_export, find_file, read_marker
 
 
 class OpenClipBackbone(VisionBackbone):
@@ -95,8 +95,7 @@ def save_open_clip(model: nn.Module, output_dir: Path, *, source: str, marker: d
     Raises:
         InputError: something else is in the way, or the disk is full.
     """
-    if output_dir.exists() and any(output_dir.iterdir()) and not is_tower(output_dir):
-        raise InputError(f"{output_dir} holds something that is not one of our towers: choose another folder")
+    check_export(None, output_dir)
     with staged_folder(output_dir) as folder:
         write_folder(folder, *read_config(source), own_state(model), torch.float32)
         for name in TOKENIZER_FILES:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_genhancer import run
+from llava_genhancer import costs, run
 from llava_genhancer.convert.open_clip import is_open_clip
 from llava_genhancer.engine import load_trained
 from llava_genhancer.enhance.backbones import (
     VisionBackbone,
     add_lora,
     load_full_model,
+    load_image_statistics,
     locate,
     merged_state,
     trainable_backbone_names,
@@ -29,7 +30,7 @@ from llava_genhancer.errors import InputError
 from llava_genhancer.files import expand
 from llava_genhancer.method import method_name
 from llava_genhancer.recipes import Recipe, to_dict
-from llava_genhancer.tower.export import MARKER, read_marker, save_tower, verify_tower
+from llava_genhancer.tower.export import MARKER, check_export, read_marker, save_tower, verify_tower
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-4  # largest allowed |merged - LoRA-wrapped| global token, relative to the largest token entry
@@ -85,6 +86,18 @@ def export_tower(
     return output_dir
 
 
+def check_run_export(recipe: Recipe, run_dir: Path) -> None:
+    """Refuse at a run's start what would stop the export at its end; reads no weights.
+
+    Raises:
+        InputError: the backbone lacks its image processor or tokenizer, or the tower's folder or disk cannot take it.
+    """
+    load_image_statistics(recipe.backbone)
+    source, facts = locate(recipe.backbone), costs.facts_of(recipe)
+    size = 0.0 if facts is None else costs.disk_bytes(recipe, *facts)["tower"]
+    check_export(None if is_open_clip(source) else source, run_dir / "tower", size)
+
+
 def weight_files(run_dir: Path, recipe: Recipe, step: int | None = None) -> list[Path]:
     """The trained-weight files that make up the run's backbone, in order; none if no stage trains it.
 
@@ -127,6 +140,9 @@ def merge(wrapped: VisionBackbone, full: nn.Module, recipe: Recipe) -> set[str]:
 
     Returns:
         Names of the weights that changed; all others are bit-identical.
+
+    Raises:
+        InputError: a merged weight is NaN or infinite.
     """
     dtype = getattr(torch, recipe.merge_dtype)
     enhanced = merged_state(wrapped.to(dtype) if dtype != torch.float32 else wrapped)
@@ -135,6 +151,8 @@ def merge(wrapped: VisionBackbone, full: nn.Module, recipe: Recipe) -> set[str]:
     for name, value in enhanced.items():
         target = original[name]
         value = value.to(torch.float32)
+        if not value.isfinite().all():
+            raise InputError(f"{name} is not finite after the merge in {recipe.merge_dtype}: the tower was not written")
         if torch.equal(value, target.to(dtype).float()):
             continue  # untouched by training; the original's own bits stay
         mixed = value if recipe.lora_scale == 1 else torch.lerp(target, value, recipe.lora_scale)
@@ -150,7 +168,7 @@ def _check_merge(wrapped: VisionBackbone, full: nn.Module) -> None:
     pixels = torch.randn(2, 3, wrapped.image_size, wrapped.image_size, generator=torch.Generator().manual_seed(0))
     expected, got = wrapped(pixels), merged(pixels)
     error = float((expected - got).abs().max() / expected.abs().max())
-    if error > TOLERANCE:
+    if not error <= TOLERANCE:  # so that NaN fails
         raise InputError(f"the merged tower differs from the LoRA-wrapped one by {error:.1e} (allowed {TOLERANCE:.0e})")
 
 

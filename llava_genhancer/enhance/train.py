@@ -25,7 +25,7 @@ from llava_genhancer.enhance.backbones import check_backbone
 from llava_genhancer.enhance.cache import Cache
 from llava_genhancer.enhance.cache_fill import open_cache
 from llava_genhancer.enhance.enhancer import Enhancer
-from llava_genhancer.enhance.export import export_tower
+from llava_genhancer.enhance.export import check_run_export, export_tower
 from llava_genhancer.enhance.inputs import CachedInputs, FreshInputs
 from llava_genhancer.enhance.pretrained import check_denoiser
 from llava_genhancer.enhance.size import check_size
@@ -62,17 +62,19 @@ def enhance(
         InputError: anything in the recipe, the data or the folder that cannot be used, before weights are loaded.
         TrainingStopped, BadStep: see :mod:`llava_genhancer.trainer`.
     """
+    engine.check_launch()
     run_dir = Path(expand(output_dir))
     rank = int(os.environ.get("RANK", "0"))
     if recipe.data is None:
         raise InputError("no images given: add --data PATH (tar shards, image folder, HF dataset or LLaVA JSON)")
-    engine.check_launcher_settings()
     engine.check_deepspeed(deepspeed, recipe)
     engine.accumulation(recipe.global_batch_size, recipe.per_device_batch_size)  # refused before a manifest says it
     check_backbone(recipe.backbone)
     check_target(recipe)
     check_denoiser(recipe)
     check_size(recipe)
+    if 2 in stages:
+        check_run_export(recipe, run_dir)
     source = open_source(recipe.data, image_folder=recipe.image_folder)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     check_readers(source, num_workers=recipe.num_workers, world_size=world, sharding=recipe.data_sharding)
@@ -219,7 +221,8 @@ class _Pictures(TrainerCallback):
         trainer = self.trainer
         images = self.images.to(trainer.args.device)
         # Every rank takes part: under ZeRO-3 no rank has the weights alone.
-        with trainer.compute_loss_context_manager():
+        # In transformers 5.23 compute_loss_context_manager is empty: accelerate wraps the model's forward alone.
+        with trainer.accelerator.autocast():
             latents = trainer.enhancer.rebuild(trainer.fresh.see(images), torch.Generator().manual_seed(0))
         if trainer.rank == 0:
             _write_strip(trainer.stage_dir / "samples" / f"step-{step:06d}.png", trainer.target.decode(latents).cpu())

@@ -54,7 +54,8 @@ def chat(
     model, processor = load_llava(checkpoint, device=device, tower=tower)
     messages: list[dict[str, Any]] = []
     answers = []
-    for question in questions or iter(_ask, ""):
+    for asked in questions or iter(_ask, ""):
+        question = asked.encode(errors="surrogateescape").decode(errors="replace")  # bytes that are no UTF-8
         content: list[dict[str, str]] = [{"type": "text", "text": question}]
         messages.append({"role": "user", "content": [{"type": "image"}, *content] if not messages else content})
         answers.append(answer(model, processor, picture, messages, max_new_tokens))
@@ -66,7 +67,7 @@ def chat(
 def _ask() -> str:
     try:
         return input("> ").strip()
-    except EOFError:
+    except (EOFError, OSError, RuntimeError):  # RuntimeError: stdin is closed
         return ""
 
 

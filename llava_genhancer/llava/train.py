@@ -31,6 +31,7 @@ from llava_genhancer.llava.recipes import STEPS, LlavaRecipe, LlavaStep, harmles
 from llava_genhancer.llava.samples import Samples, read_samples, text_summary
 from llava_genhancer.tower.export import is_tower, read_marker
 from llava_genhancer.trainer import FINAL_FILE, ExactTrainer
+from llava_genhancer.units import significant
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def train_step(recipe: LlavaRecipe, step: str, output_dir: str | os.PathLike, *,
         InputError: anything in the recipe, the data or the folder that cannot be used, before weights are loaded.
         TrainingStopped, BadStep: see :mod:`llava_genhancer.trainer`.
     """
+    engine.check_launch()
     table, folder = recipe.step(step), step_dir(output_dir, step)
     rank = int(os.environ.get("RANK", "0"))
     _check(recipe, step, deepspeed)
@@ -96,7 +98,6 @@ def _check(recipe: LlavaRecipe, step: str, deepspeed: str | None) -> None:
         raise InputError(f"no data given: add --{step}.data FILE.json and --{step}.image_folder DIR (LLaVA's JSON)")
     for name in STEPS:  # the other step's too: nobody wants to learn of it hours later
         get_template(recipe.step(name).conversation)
-    engine.check_launcher_settings()
     engine.check_deepspeed(deepspeed, recipe)
     engine.accumulation(table.global_batch_size, table.per_device_batch_size)
     llava_config(recipe)
@@ -281,7 +282,7 @@ class LlavaTrainer(ExactTrainer):
                 dist.all_reduce(new, group=self.cpu_group)
             tokens, places = new.tolist()
             rate = tokens / max(time.monotonic() - self.last_log[0], 1e-9)
-            logs = {**logs, "tokens_per_second": round(rate, 1), "padding_share": _padding(tokens, places)}
+            logs = {**logs, "tokens_per_second": significant(rate), "padding_share": _padding(tokens, places)}
         super().log(logs, start_time)
 
     def data_facts(self, report: dict[str, Any]) -> dict[str, Any]:

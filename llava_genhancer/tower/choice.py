@@ -19,6 +19,7 @@ from llava_genhancer.tower.rules import (
     FACTORY,
     Rule,
     Unpredictable,
+    find_expectation,
     find_problem,
     find_rule,
     predict,
@@ -135,6 +136,27 @@ class _Advice:
         reason += f"; it looks for {words} in the path" if words else ""
         blocked, launch = self.launcher()
         if blocked is not None:
+            clip = "a CLIP tower is an ordinary CLIP folder: give the path and check that training names no missing key"
+            return self.choice(None, UNKNOWN, reason, clip if self.model_type == "clip" else blocked, [])
+        builds = (
+            "the fork's own class is kept if it takes the folder, and llava_genhancer's class is built if not"
+            if self.model_type == "clip"
+            else "llava_genhancer's class is built whatever the builder picks"
+        )
+        return self.choice(None, UNKNOWN, reason, f"{launch}: {builds}", self.registered())
+
+    def launcher(self) -> tuple[str | None, str]:
+        """Why starting by the launcher does not help, or None; and the advice to do so."""
+        option = ""
+        if self.rule.takes_path and self.model_type != "clip":  # VILA reads the tower back with a class of its own
+            option = f" with {CLS_PATCH}"
+        launch = f"start training as `python -m llava_genhancer.launch {self.trainer} ...`{option}"
+        launch += ", or call llava_genhancer.tower.register() first"
+        if not self.rule.registers:
+            reason = f"register() does not reach {self.rule.path.name}: use a CLIP tower, or return "
+            return f"{reason}llava_genhancer.tower.tower.VisionTower(path, config) in {self.rule.function}", launch
+        expected = find_expectation(self.rule)
+        if expected is not None:
             other = "another fork"
             if self.model_type != "clip" and "returns" in expected:
                 other = "a CLIP tower that the fork loads itself"

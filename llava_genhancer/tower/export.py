@@ -9,14 +9,16 @@ This module needs torch, transformers >= 4.37 and safetensors, and runs on Pytho
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from llava_genhancer.errors import InputError
+from llava_genhancer.errors import InputError, reason
 from llava_genhancer.files import expand, sha256, staged_folder
+from llava_genhancer.machine import existing, free_bytes
 
 MARKER = "llava_genhancer.json"
 VISION_MODELS = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel", "siglip2": "Siglip2VisionModel"}
@@ -27,6 +29,8 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "spiece.model", "tokenizer.model",
 )  # fmt: skip
+
+TOKENIZER_VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")  # one of them is enough
 
 
 def save_tower(model: Any, output_dir: str | os.PathLike, *, source: str, marker: dict[str, Any]) -> Path:
@@ -45,8 +49,7 @@ def save_tower(model: Any, output_dir: str | os.PathLike, *, source: str, marker
         InputError: something else is in the way, the source lacks processor or tokenizer, or the disk is full.
     """
     output_dir, source = Path(expand(output_dir)), expand(source)
-    if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / MARKER).exists():
-        raise InputError(f"{output_dir} holds something that is not one of our towers: choose another folder")
+    check_export(source, output_dir)
     with staged_folder(output_dir) as staging:
         model.save_pretrained(staging, safe_serialization=True, max_shard_size="20GB")
         _copy_companions(source, staging)
@@ -55,6 +58,48 @@ def save_tower(model: Any, output_dir: str | os.PathLike, *, source: str, marker
         (staging / MARKER).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         check_keys(staging)
     return output_dir
+
+
+def check_export(source: str | None, output_dir: str | os.PathLike, size: float = 0) -> None:
+    """Refuse what would stop the export of a tower, before anything is trained; reads no weights.
+
+    Args:
+        source: folder or hub id that must have an image processor and a tokenizer; None asks for neither.
+        output_dir: the tower's folder.
+        size: bytes that the tower takes on the disk.
+
+    Raises:
+        InputError: with the file that ``source`` lacks, or with what is wrong with ``output_dir`` or its disk.
+    """
+    folder = Path(expand(output_dir))
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file, and the tower needs a folder of that name: move the file")
+    if folder.exists() and any(folder.iterdir()) and not is_tower(folder):
+        raise InputError(f"{folder} holds something that is not one of our towers: choose another folder")
+    there = existing(folder)
+    if not os.access(there, os.W_OK):
+        raise InputError(f"{folder} cannot be written: no permission in {there}")
+    if not is_tower(folder) and free_bytes(there) < size:
+        raise InputError(
+            f"{os.strerror(errno.ENOSPC)}: the tower needs {size / 2**30:.2g} GiB in {folder}, and "
+            f"{free_bytes(there) / 2**30:.2g} GiB are free: make room or choose another --output_dir"
+        )
+    if source is None:
+        return
+    if find_file(source, "preprocessor_config.json") is None:  # saved by a processor class of transformers 5, or absent
+        from transformers import AutoImageProcessor
+
+        try:
+            AutoImageProcessor.from_pretrained(source)
+        except (OSError, ValueError, ImportError) as error:
+            raise InputError(
+                f"{source} has no image processor to go with the tower ({reason(error)}): add preprocessor_config.json"
+            ) from None
+    if not any(find_file(source, name) for name in TOKENIZER_VOCABULARIES):
+        raise InputError(
+            f"{source} has no tokenizer to go with the tower: add its tokenizer files "
+            f"({' or '.join(TOKENIZER_VOCABULARIES)})"
+        )
 
 
 def _copy_companions(source: str, folder: Path) -> None:
@@ -66,12 +111,7 @@ def _copy_companions(source: str, folder: Path) -> None:
     if not (folder / "preprocessor_config.json").exists():  # saved by a processor class of transformers 5
         from transformers import AutoImageProcessor
 
-        try:
-            AutoImageProcessor.from_pretrained(source).save_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{source} has no image processor to go with the tower: {error}") from None
-    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "spiece.model")):
-        raise InputError(f"{source} has no tokenizer to go with the tower: add its tokenizer files")
+        AutoImageProcessor.from_pretrained(source).save_pretrained(folder)
 
 
 def find_file(source: str, name: str) -> str | None:

@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llava_genhancer.convert.architecture import build_open_clip, hf_config, infer_model_cfg, model_cfg_of
 from llava_genhancer.convert.convert import OPENAI_WEIGHTS, convert
@@ -285,3 +285,23 @@ def test_a_missing_folder_beside_others_is_no_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="models/clip does not exist"):
         convert("models/clip", tmp_path / "tower")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("to", ["open_clip", "openai", "hf"])
+def test_weights_that_are_not_finite_agree_with_nothing(tiny_clip, tmp_path, value, to) -> None:
+    import shutil
+
+    broken, there = tmp_path / "broken", tmp_path / "there"
+    shutil.copytree(tiny_clip, broken)
+    if to == "hf":  # from open_clip's format
+        convert(str(tiny_clip), there, to="open_clip")
+        broken = there
+    file = broken / ("open_clip_model.safetensors" if to == "hf" else "model.safetensors")
+    state = load_file(file)
+    name = next(n for n in sorted(state) if n in ("visual.proj", "visual_projection.weight"))
+    state[name][0, 0] = value
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="not finite"):
+        convert(str(broken), tmp_path / "out", to=to)
+    assert not (tmp_path / "out").exists()

@@ -278,3 +278,16 @@ def test_both_towers_must_be_there(tiny_clip, tmp_path, tower: str) -> None:
     _drop(folder / "model.safetensors", tower)
     with pytest.raises(InputError, match=f"no weight is named {tower}"):
         check_keys(folder)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_scale": 0.5}, {"merge_dtype": "bfloat16"}])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_update_that_is_not_finite_makes_no_tower(make_run, changes, value) -> None:
+    run_dir, recipe = make_run(**changes)
+    file = run_dir / "stage2" / "weights.safetensors"
+    state = load_file(file)
+    state[next(n for n in sorted(state) if "lora_B" in n)][0, 0] = value
+    save_file(state, file)
+    with pytest.raises(InputError, match="not finite"):
+        export_tower(run_dir, run_dir / "tower", recipe)
+    assert not (run_dir / "tower").exists()

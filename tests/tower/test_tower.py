@@ -81,7 +81,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("deep")
     words = len(write_tokenizer(folder / "original-clip"))
     torch.manual_seed(0)
-    clip = transformers.CLIPModel(build_clip_config(words, width=16, layers=12))
+    clip = transformers.CLIPModel(build_clip_config(words, width=32, layers=12))
     save_clip(clip, folder / "original-clip")
     save_siglip(folder / "original-siglip")
     config = transformers.SiglipConfig.from_pretrained(folder / "original-siglip")
@@ -281,7 +281,7 @@ def test_scales_of_one_tile_change_nothing() -> None:
 def resign(folder: Path) -> None:
     """Put the folder's present hashes into its marker, as if it had been exported so."""
     marker = json.loads((folder / export.MARKER).read_text())
-    marker["weights"] = {name: export.sha256(folder / name) for name in marker["weights"]}
+    marker["weights"] = {name: export._sha256(folder / name) for name in marker["weights"]}
     (folder / export.MARKER).write_text(json.dumps(marker))
 
 

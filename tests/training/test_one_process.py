@@ -396,3 +396,62 @@ def test_what_accelerate_launch_leaves_behind_changes_no_bit(
     assert weights(tmp_path / "run") == weights(finished)
     (message,) = [r.message for r in caplog.records if r.message.startswith("ignored: ")]
     assert all(f"{name}={value}" in message for name, value in settings.items())
+
+
+def test_pictures_are_drawn_in_the_arithmetic_of_the_training(tiny_fields, tmp_path, monkeypatch) -> None:
+    from llava_genhancer.enhance.enhancer import Enhancer
+
+    drawn, rebuild = [], Enhancer.rebuild
+
+    def watched(self, *args, **kwargs):
+        drawn.append(torch.is_autocast_enabled("cpu"))
+        return rebuild(self, *args, **kwargs)
+
+    monkeypatch.setattr(Enhancer, "rebuild", watched)
+    short = {"stage1.max_steps": 1, "stage2.max_steps": 0, "stage1.sample_steps": 1}
+    for precision, wanted in (("bf16", True), ("fp32", False)):
+        enhance(recipe_from(tiny_fields, precision=precision, **short), tmp_path / precision, stages=(1,))
+        assert drawn
+        assert set(drawn) == {wanted}
+        drawn.clear()
+
+
+def refused_before_training(recipe: recipes.Recipe, run_dir: Path, words: str) -> None:
+    """By `enhance` before a stage is begun, and by `doctor` with the same sentence."""
+    from llava_genhancer import doctor
+    from llava_genhancer.doctor.findings import PROBLEM
+
+    with pytest.raises(InputError, match=words) as caught:
+        enhance(recipe, run_dir)
+    assert not (run_dir / "stage1").exists()
+    found = [f for f in doctor.inspect(recipe, run_dir=str(run_dir)) if f.what == "export"]
+    assert [(f.status, f.found) for f in found] == [(PROBLEM, str(caught.value))]
+
+
+@pytest.mark.parametrize(
+    ("removed", "words"),
+    [(("tokenizer.json", "vocab.json"), "has no tokenizer to go with the tower: add"),
+     (("preprocessor_config.json",), "preprocessor_config.json")],
+)  # fmt: skip
+def test_a_backbone_that_cannot_be_exported_is_refused_before_training(
+    removed, words, tiny_clip, tiny_fields, tmp_path
+) -> None:
+    shutil.copytree(tiny_clip, tmp_path / "clip")
+    for name in removed:
+        (tmp_path / "clip" / name).unlink(missing_ok=True)
+    refused_before_training(recipe_from(tiny_fields, backbone=str(tmp_path / "clip")), tmp_path / "run", words)
+
+
+def test_a_place_that_cannot_take_the_tower_is_refused_before_training(tiny_fields, tmp_path, monkeypatch) -> None:
+    recipe, run_dir = recipe_from(tiny_fields), tmp_path / "run"
+    enhance(recipe, run_dir, stages=(1,))
+    shutil.rmtree(run_dir / "stage1")
+    (run_dir / "tower").mkdir()
+    (run_dir / "tower" / "notes.txt").write_text("mine")
+    refused_before_training(recipe, run_dir, "not one of our towers")
+    shutil.rmtree(run_dir / "tower")
+    (run_dir / "tower").write_text("mine")
+    refused_before_training(recipe, run_dir, "is a file")
+    (run_dir / "tower").unlink()
+    monkeypatch.setattr("llava_genhancer.tower.export.free_bytes", lambda path: 1000.0)
+    refused_before_training(recipe, run_dir, "No space left on device: the tower needs")

@@ -197,6 +197,8 @@ class Respondent:
         logits = self.model.get_output_embeddings()(hidden[question, place]).float()  # (T, V)
         logits = logits.index_fill(1, self.never, -torch.inf)
         chosen = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
+        if chosen.isnan().any():  # any option would be the likeliest
+            raise InputError("the language model's logits are NaN: its weights are broken, or too large for --dtype")
         count = sum(map(len, options))
         totals = torch.zeros(count, device=chosen.device).index_add(0, row, chosen).tolist()
         misses = torch.zeros(count, device=chosen.device).index_add(0, row, (logits.argmax(-1) != token).float())
