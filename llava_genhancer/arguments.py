@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn
@@ -117,6 +118,11 @@ def add_fields(parser: argparse.ArgumentParser, recipe: Any) -> None:
         parser.add_argument(
             f"--{name}", metavar=name, dest="fields", action=_Field, default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
+
+
+def print_made(made: object, *words: object) -> None:
+    """Print what a verb made and where, and the command that comes next."""
+    print(f"done: {made}\nnext: {shlex.join(['llava-genhancer', *map(str, words)])}")
 
 
 def print_fields(recipe: Any, *, as_json: bool, unread: Collection[str] = ()) -> None:

@@ -93,6 +93,8 @@ def _run(argv: list[str]) -> int:
         if not sys.stderr.isatty():
             os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # accelerate imports DeepSpeed where it is installed, which then writes this to stdout, wanted or not.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     status = int(args.run(args) or 0)
     sys.stdout.flush()  # a reader that has gone shows here, not in the interpreter's last breath
     return status

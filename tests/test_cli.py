@@ -326,3 +326,20 @@ def test_chat_without_a_question_ends(stdin, llava_folders, images_folder) -> No
         )
         assert done.returncode == 0, done.stderr
         assert b"Traceback" not in done.stderr
+
+
+def test_a_training_ends_with_what_was_made_and_the_next_command(tiny_fields, tmp_path) -> None:
+    """And without a word of DeepSpeed, which it does not use."""
+    fields = {**tiny_fields, "stage1.max_steps": 1, "stage2.max_steps": 1, "sample_images": 0}
+    words = [f"--{name}={value}" for name, value in fields.items()]
+    run_dir = tmp_path / "run"
+    for stage, ending in (("1", ["--stage2.max_steps", "1"]), (None, ["--data", "MMVP_VLM"])):
+        asked = ["enhance", "tiny", "--output_dir", str(run_dir), *words, *(["--stage", stage] if stage else [])]
+        done = command(*asked, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        assert "accelerator" not in done.stdout + done.stderr
+        made, following = done.stdout.splitlines()
+        assert made == f"done: {run_dir / ('stage1' if stage else 'tower')}"
+        assert following.startswith("next: llava-genhancer ")
+        assert " ".join(ending) in following
+    assert cli._parser().parse_args(following.split()[2:]).towers == [str(tiny_fields["backbone"]), f"{run_dir}/tower"]

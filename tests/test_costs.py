@@ -128,6 +128,31 @@ def test_a_frozen_denoiser_in_bfloat16_takes_half() -> None:
     assert whole - half == 2 * 11_901_408_320
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("tiny", {}), ("tiny-masked", {}), ("tiny-flux", {}), ("tiny-flux", {"denoiser_dtype": "bfloat16"}),
+     ("tiny-diva", {}), ("tiny-diva", {"denoiser_dtype": "bfloat16"}), ("tiny-dcr", {"denoiser_dtype": "bfloat16"})],
+)  # fmt: skip
+def test_bytes_are_counted_by_the_dtype_that_the_loader_gives(name: str, fields: dict) -> None:
+    from llava_genhancer.enhance.stages import build_stage
+    from llava_genhancer.enhance.targets import load_target
+
+    recipe = recipes.override(recipes.get_recipe(name), fields)
+    facts = costs.facts_of(recipe)
+    assert facts is not None
+    target = load_target(recipe)
+    for stage in (1, 2):
+        if recipe.stage(stage).max_steps:
+            parameters = list(build_stage(recipe, stage, target, []).parameters())
+            real = sum(p.numel() * p.element_size() for p in parameters)
+            assert costs.built_bytes(recipe, stage, *facts) == real
+            trained = sum(4 * p.numel() for p in parameters if p.requires_grad)
+            # Without DeepSpeed or autocast a device holds what was built, in ZeRO-0's fp32 too.
+            for zero in (costs.Zero(), costs.Zero(0)):
+                device = costs.memory(recipe, stage, *facts, zero=zero).device
+                assert (device["weights"], device["frozen weights"]) == (trained, real - trained)
+
+
 @pytest.mark.parametrize("attention", [False, True])
 @torch.no_grad()
 def test_a_vq_gans_parameters_and_flops_match_diffusers(attention: bool) -> None:

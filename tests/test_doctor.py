@@ -307,3 +307,13 @@ def test_syntax_of_python_3_10(pattern: str) -> None:
     assert files
     for file in files:
         ast.parse(file.read_text(), feature_version=(3, 10))
+
+
+def test_a_frozen_denoiser_in_bfloat16_needs_half_of_the_main_memory() -> None:
+    """As much as the run itself asks for before it loads anything."""
+    flux = recipes.get_recipe("openai-l14-224-flux")
+    facts = costs.facts_of(flux)
+    expected = costs.built_bytes(flux, 2, *facts)
+    needed = float(findings(dataclasses.replace(flux, num_workers=0), gpus=8)["main memory"].found.split()[0])
+    assert expected / 2**30 == pytest.approx(23.4, abs=0.2)
+    assert needed == pytest.approx(expected / 2**30 + 1, abs=0.1)

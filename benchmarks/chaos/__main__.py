@@ -29,7 +29,7 @@ FAMILIES = ("kills", "disk", "damage", "losses", "hosts")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the families, print the table; 1 if anything did not hold."""
+    """Run the families, print the table; 1 if anything did not hold, else 3 if the machine was too slow to judge."""
     parser = argparse.ArgumentParser(description="Faults on purpose: what was tried, and what held.")
     parser.add_argument(
         "--families", default=",".join(FAMILIES), help=f"comma-separated (default: {','.join(FAMILIES)})"
@@ -53,13 +53,15 @@ def main(argv: list[str] | None = None) -> int:
         whole = Outcome(family, "all that were left", "are tried", tried=1)
         with whole.complaints():
             outcomes += importlib.import_module(family).run_family(work / family, seed=seed, total=args.kills, **chosen)
-        outcomes += [whole] if whole.broken else []
+        outcomes += [whole] if whole.broken or whole.slow else []
         head += f"; {family} {time.monotonic() - started:.0f} s"
         say(head.rpartition("; ")[2])
         if args.output:  # after each family: an hour is long
             write_text(args.output, table(outcomes, head) + "\n")
     print(table(outcomes, head))
-    return int(not all(outcome.held for outcome in outcomes))
+    if any(not outcome.held and not outcome.unjudged for outcome in outcomes):
+        return 1
+    return 3 if any(outcome.unjudged for outcome in outcomes) else 0
 
 
 def say(text: str) -> None:
@@ -71,7 +73,7 @@ def table(outcomes: list[Outcome], head: str) -> str:
     """Markdown: a row for each fault, then what did not hold."""
     lines = [f"{head}.", "", "| family | fault | tried | what must hold | held |", "|---|---|---|---|---|"]
     lines += [f"| {o.family} | {o.fault} | {o.tried} | {o.must} | {o.verdict} |" for o in outcomes]
-    complaints = [f"* {o.family}, {o.fault}: {what}" for o in outcomes for what in o.broken]
+    complaints = [f"* {o.family}, {o.fault}: {what}" for o in outcomes for what in (*o.broken, *o.slow)]
     return "\n".join([*lines, *([""] if complaints else []), *complaints])
 
 

@@ -86,13 +86,20 @@ def survive(launcher: str, plans: dict[str, list[Kill]], work: Path, rows: dict[
             with rows[planned.kind].complaints():
                 one(launcher, training, planned, steps, work, rows[planned.kind])
         if training != "stage1":  # whose command goes on to stage 2
-            last = ended(started(launcher, arguments(training, work / "killed", steps), work / "killed.log"))
+            last = started(launcher, arguments(training, work / "killed", steps), work / "killed.log")
             for kind in {k.kind for k in plan}:
-                rows[kind].check(last.process.returncode == 0, f"{launcher} {training}: did not end: {tail(last)}")
-    for training in plans:
-        if training != "stage1":
-            ended(started(launcher, arguments(training, work / "whole", steps), work / "whole.log"))
+                with rows[kind].complaints():
+                    ended(last)
+                    rows[kind].check(last.process.returncode == 0, f"{launcher} {training}: did not end: {tail(last)}")
     for training, plan in plans.items():
+        if training != "stage1":
+            whole_run = started(launcher, arguments(training, work / "whole", steps), work / "whole.log")
+            for kind in {k.kind for k in plan}:
+                with rows[kind].complaints():
+                    ended(whole_run)
+    for training, plan in plans.items():
+        if any(rows[k.kind].slow for k in plan):  # a run that was not finished has no weights to compare
+            continue
         whole, killed = (hashes(work / name, (training,)) for name in ("whole", "killed"))
         same = whole == killed and "absent" not in whole.values()
         for kind in {k.kind for k in plan}:
@@ -113,6 +120,8 @@ def one(launcher: str, training: str, planned: Kill, steps: int, work: Path, row
         sign = target if planned.moment == "saving" else target / run.MARKER
         deadline = time.monotonic() + PATIENCE
         while not written_since(sign, born):
+            if job.process.poll() is None and time.monotonic() > deadline:
+                job.check_speed(PATIENCE)
             if job.process.poll() is not None or time.monotonic() > deadline:
                 # Too late, which is nobody's fault and not counted, or something is wrong.
                 row.check(job.process.poll() == 0, f"{where}: ended before the kill: {tail(job)}")

@@ -16,11 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from world import TooSlow
+
 from llava_genhancer.resources import resource_dir
 
 BIN = Path(sys.executable).parent
 ZERO2 = str(resource_dir("configs") / "deepspeed" / "zero2.json")
-PATIENCE = 240.0  # seconds for anything that must end by itself; a busy machine is slow
+PATIENCE = 240.0  # seconds for anything that must end by itself
+LOOK = 10.0  # seconds over which it is measured whether a command that took longer is still at work
+AT_WORK = 0.3  # CPU seconds that a working command gets or waits for in each second; one that hangs: under 0.05
 
 
 def launched(launcher: str, arguments: list[str], *, script: Path | None = None) -> list[str]:
@@ -95,13 +99,32 @@ class Job:
         return [pid for pid in self.alive() if ranks.get(_parent(pid), b"-") == _cmdline(pid)]
 
     def wait(self, seconds: float = PATIENCE) -> int | None:
-        """Its exit status once no process of it is left; None if one is after that time."""
+        """Its exit status once no process of it is left; None if one is after that time, though it hangs.
+
+        Raises:
+            TooSlow: it is still at work after that time.
+        """
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self.process.poll() is not None and not self.alive():
                 return self.process.returncode
             time.sleep(0.1)
+        self.check_speed(seconds)
         return None
+
+    def check_speed(self, seconds: float) -> None:
+        """To be called when its time is up.
+
+        Raises:
+            TooSlow: its processes compute, or wait for a core: the machine is slow, or busy with other things.
+        """
+        before = _wanted(self.alive())
+        time.sleep(LOOK)
+        if (_wanted(self.alive()) - before) / LOOK > AT_WORK:
+            load = os.getloadavg()[0]
+            raise TooSlow(
+                f"{self.log.name}: still at work after {seconds:.0f} s, load {load:.0f} on {os.cpu_count()} cores"
+            )
 
     def end(self) -> None:
         """Kill what is left."""
@@ -195,6 +218,19 @@ def kill(pid: int, signum: int) -> bool:
         return False
 
 
+def _wanted(pids: list[int]) -> float:
+    """CPU seconds that all threads of the processes got, or waited for while others had the core."""
+    total = 0
+    for pid in pids:
+        try:
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                ran, waited, _ = (thread / "schedstat").read_text().split()
+                total += int(ran) + int(waited)
+        except OSError:
+            continue
+    return total / 1e9
+
+
 def _cmdline(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -224,13 +260,21 @@ def finish(command: list[str], log: Path, **environment: str) -> Job:
 
 def ended(job: Job) -> Job:
     """Wait for it, and kill it where that takes too long."""
-    job.wait()
-    job.end()
+    try:
+        job.wait()
+    finally:
+        job.end()
     return job
 
 
 def wait_for(job: Job, sign: Callable[[], bool]) -> None:
-    """Until a sign, the job's end, or the time is up."""
+    """Until a sign, the job's end, or the time is up.
+
+    Raises:
+        TooSlow: the time is up, and the job is still at work.
+    """
     deadline = time.monotonic() + PATIENCE
     while not sign() and job.process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
+    if not sign() and job.process.poll() is None:
+        job.check_speed(PATIENCE)

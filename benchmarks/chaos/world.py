@@ -24,15 +24,20 @@ RESULTS = {
 FOLDERS = {"stage1": "stage1", "stage2": "stage2", "pretrain": "llava-pretrain", "finetune": "llava-finetune"}
 
 
+class TooSlow(Exception):
+    """A command was still at work when its time was up, so that nothing can be concluded about the fault."""
+
+
 @dataclass
 class Outcome:
-    """A row of the table: how often a fault was tried, and what did not hold."""
+    """A row of the table: how often a fault was tried, what did not hold, and what the machine was too slow for."""
 
     family: str
     fault: str
     must: str  # what has to hold
     tried: int = 0
     broken: list[str] = field(default_factory=list)
+    slow: list[str] = field(default_factory=list)
     skipped: str = ""
 
     def check(self, holds: bool, what: str) -> bool:
@@ -46,6 +51,8 @@ class Outcome:
         """What the tool itself raises did not hold either; the next fault's turn comes all the same."""
         try:
             yield
+        except TooSlow as error:
+            self.slow.append(str(error))
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             said = f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}: {error}"
@@ -58,12 +65,19 @@ class Outcome:
             return f"not run: {self.skipped}"
         if self.broken:
             return f"**no** ({len(self.broken)})"
+        if self.slow:
+            return f"too slow to judge ({len(self.slow)})"
         return "yes" if self.tried else "**not tried**"
 
     @property
     def held(self) -> bool:
         """Whether nothing is wrong; what was never tried says nothing."""
-        return bool(self.skipped) or (self.tried > 0 and not self.broken)
+        return bool(self.skipped) or (self.tried > 0 and not self.broken and not self.slow)
+
+    @property
+    def unjudged(self) -> bool:
+        """Whether nothing failed, and only the machine's speed left something open."""
+        return bool(self.slow) and not self.broken
 
 
 def enhance_fields(steps: int, **changes: object) -> dict[str, object]:

@@ -142,18 +142,21 @@ def _benchmark_downloads(folder: Path, names: Iterable[str]) -> list[str]:
 
 def _memory(step: str, parameters: int, llava: LlavaRecipe) -> list[str]:
     """Counted from the parameters, not measured; activations come on top."""
-    weights = f"{2 * parameters / 1e9:.0f} GB"
+    width = 2 if llava.precision == "bf16" else 4
+    weights = f"{width * parameters / 1e9:.0f} GB"
     if step == "pretrain":
         return [
-            f"needs {weights} of GPU memory for the frozen bf16 language model, and its activations; a few GB of disk"
+            f"needs {weights} of GPU memory for the frozen {llava.precision} language model, and its activations; a few "
+            "GB of disk"
         ]
     if llava.lora_rank:
         return [
-            f"{weights} of GPU memory for the frozen bf16 weights, shared by the GPUs under ZeRO-3, and activations"
+            f"{weights} of GPU memory for the frozen {llava.precision} weights, shared by the GPUs under ZeRO-3, and "
+            "activations"
         ]
-    # bf16 weights and gradients, fp32 masters and AdamW's two moments; a checkpoint keeps all but the gradients.
+    # Weights and gradients, fp32 masters and AdamW's two moments; a checkpoint keeps all but the gradients.
     kept = llava.keep_checkpoints + 1
     return [
-        f"needs {16 * parameters / 1e9:.0f} GB of GPU memory over all GPUs under ZeRO-3, and activations",
-        f"needs {(14 * kept + 8) * parameters / 1e9:.0f} GB of disk for {kept} checkpoints and the exports",
+        f"needs {(2 * width + 12) * parameters / 1e9:.0f} GB of GPU memory over all GPUs under ZeRO-3, and activations",
+        f"needs {((width + 12) * kept + 8) * parameters / 1e9:.0f} GB of disk for {kept} checkpoints and the exports",
     ]

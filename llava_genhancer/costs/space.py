@@ -77,7 +77,7 @@ def memory(
         width = 2 if half else 4
         sharded = [ranks if level >= at else 1 for at in (3, 2, 1)]
         weights, gradients, optimizer = (n * trained / s for n, s in zip((width, width, 12), sharded, strict=True))
-        rest = width * frozen / sharded[0]
+        rest = (width * frozen - (width - 2) * small) / sharded[0]  # DeepSpeed casts in bf16 alone
         buffers = 2.0 * width * min(zero.bucket, trained)
         if level >= 3:
             buffers += width * min(zero.live_parameters, trained + frozen)
@@ -102,6 +102,11 @@ def memory(
         "context": (0.6 if cuda else 1.0) * GIB + 0.1 * activations,
     }
     return Memory(device, host)
+
+
+def built_bytes(recipe: Recipe, stage: int, backbone: Backbone, vae: Vae = FLUX_VAE) -> float:
+    """Bytes of the model that one rank builds in main memory: fp32, but for a frozen denoiser's own dtype."""
+    return 4.0 * engine_parameters(recipe, stage, backbone, vae) - 2.0 * frozen_half(recipe, stage, backbone, vae)
 
 
 def frozen_half(recipe: Recipe, stage: int, backbone: Backbone, vae: Vae = FLUX_VAE) -> int:

@@ -144,9 +144,10 @@ class Plan:
         return "no setting fits: use a larger GPU, or more of them with ZeRO-3"
 
     def _host(self, extra: float, ranks: int) -> Iterator[Finding]:
-        """Main memory: each rank builds the whole model in fp32 first, and reads images with its workers."""
+        """Main memory: each rank reads both towers in fp32, builds the model, and reads images with its workers."""
         recipe, available = self.recipe, machine.host_memory()
-        model = 4.0 * (costs.full_model_parameters(self.backbone) + costs.denoiser_parameters(recipe, self.vae))
+        built = max(costs.built_bytes(recipe, stage, self.backbone, self.vae) for stage in (1, 2))
+        model = max(4.0 * costs.full_model_parameters(self.backbone), built)
         need = ranks * (max(extra, model + GIB) + recipe.num_workers * WORKER_BYTES)
         found = f"{gib(need)} needed, {gib(available)} available"
         if need > available:

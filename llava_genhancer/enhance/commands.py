@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_genhancer import recipes
-from llava_genhancer.arguments import Verbs, add_fields, path, print_fields
+from llava_genhancer.arguments import Verbs, add_fields, path, print_fields, print_made
 from llava_genhancer.errors import InputError
 
 
@@ -110,8 +110,20 @@ def _enhance(args: Any) -> None:
 
     stages = (1, 2) if args.stage is None else (args.stage,)
     result = enhance(recipe, args.output_dir, deepspeed=args.deepspeed, stages=stages)
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"done: {result}")
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    if 2 in stages:
+        _print_tower(result, recipe.backbone, f"{args.output_dir}/eval")
+    else:
+        named = [args.recipe] if args.recipe else ["--config", args.config]
+        rest = ["--deepspeed", args.deepspeed] if args.deepspeed else []
+        given = [word for name, value in args.fields.items() for word in (f"--{name}", value)]
+        print_made(result, "enhance", *named, "--output_dir", args.output_dir, *rest, *given)
+
+
+def _print_tower(tower: object, original: str, output: object) -> None:
+    """What was made, and how to measure it beside its original."""
+    print_made(tower, "mmvp-vlm", original, tower, "--data", "MMVP_VLM", "--output", output)
 
 
 def _export(args: Any) -> None:
@@ -123,7 +135,7 @@ def _export(args: Any) -> None:
         recipe = recipes.override(recipe, {"lora_scale": args.lora_scale})
     where = Path(args.output_dir)
     tower = export_tower(Path(args.run_dir), where, recipe, step=args.step, overwrite=args.overwrite)
-    print(f"done: {tower}")
+    _print_tower(tower, recipe.backbone, f"{args.output_dir}/mmvp_vlm.json")
 
 
 def _convert(args: Any) -> None:
@@ -139,4 +151,4 @@ def _convert(args: Any) -> None:
         dtype=args.dtype,
         overwrite=args.overwrite,
     )
-    print(f"done: {folder}")
+    _print_tower(folder, args.source, f"{args.output_dir}/mmvp_vlm.json")

@@ -34,7 +34,7 @@ def check_size(recipe: Recipe) -> None:
         )
     room = host_memory()
     parameters = max(costs.engine_parameters(recipe, stage, backbone, vae) for stage in (1, 2))
-    needed = 4 * parameters - 2 * costs.frozen_half(recipe, 2, backbone, vae)
+    needed = max(costs.built_bytes(recipe, stage, backbone, vae) for stage in (1, 2))
     if needed > room:
         raise InputError(
             f"the model has {parameters:.3g} parameters, {_gib(needed)} GiB, and {_gib(room)} GiB of main "

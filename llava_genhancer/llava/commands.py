@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_genhancer import recipes
-from llava_genhancer.arguments import Verbs, add_fields, path, print_fields
+from llava_genhancer.arguments import Verbs, add_fields, path, print_fields, print_made
 from llava_genhancer.errors import InputError
 from llava_genhancer.llava.recipes import RECIPES, LlavaRecipe, get_recipe
 
@@ -105,8 +105,18 @@ def _train(args: Any) -> None:
     from llava_genhancer.llava.train import train_step
 
     folder = train_step(recipe, args.step, args.output_dir, deepspeed=args.deepspeed)
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"done: {folder}")
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    if args.step == "finetune":
+        print_made(folder, "mllm", folder, "--output_dir", f"{args.output_dir}/eval/lmms")
+        return
+    named = [args.recipe] if args.recipe else ["--config", args.config]
+    given = [word for name, value in args.fields.items() for word in (f"--{name}", value)]
+    for name, what in (("finetune.data", "FILE.json"), ("finetune.image_folder", "DIR")):
+        if name not in args.fields and not recipe.llm.startswith("toyworld:"):
+            given += [f"--{name}", what]
+    rest = ["--deepspeed", args.deepspeed] if args.deepspeed else []
+    print_made(folder, "llava", "finetune", *named, "--output_dir", args.output_dir, *rest, *given)
 
 
 def _export(args: Any) -> None:
@@ -116,15 +126,18 @@ def _export(args: Any) -> None:
 
     folder = step_dir(args.run_dir, args.step)
     output = folder if args.output_dir is None else Path(args.output_dir)
-    for written in export_step(recipe_of(folder, LlavaRecipe), args.step, folder, output):
-        print(f"done: {written}")
+    written = export_step(recipe_of(folder, LlavaRecipe), args.step, folder, output)
+    if args.step == "finetune":
+        print_made(" and ".join(map(str, written)), "llava", "chat", written[0], "IMAGE")
+    else:
+        print(f"done: {' and '.join(map(str, written))}")
 
 
 def _import(args: Any) -> None:
     from llava_genhancer.llava.export import import_llava
 
     folder = import_llava(args.checkpoint, args.output_dir, tower=args.tower, conversation=args.conversation)
-    print(f"done: {folder}")
+    print_made(folder, "llava", "chat", folder, "IMAGE")
 
 
 def _chat(args: Any) -> None:

@@ -52,6 +52,38 @@ def test_what_was_not_tried_did_not_hold() -> None:
     assert world.Outcome("disk", "a fault", "holds", skipped="needs root").held
 
 
+def test_a_command_that_is_still_at_work_is_slow_and_one_that_hangs_is_broken(tmp_path: Path, monkeypatch) -> None:
+    import sys
+
+    import processes
+
+    monkeypatch.setattr(processes, "LOOK", 2.0)
+    rows = {}
+    for name, code in (("slow", "while True: pass"), ("hangs", "import time; time.sleep(60)")):
+        row = rows[name] = world.Outcome("disk", "a fault", "ends", tried=1)
+        job = processes.Job([sys.executable, "-c", code], tmp_path / f"{name}.log")
+        with row.complaints():
+            try:
+                row.check(job.wait(2.0) is not None, "did not end")
+            finally:
+                job.end()
+    assert (rows["slow"].verdict, rows["slow"].unjudged) == ("too slow to judge (1)", True)
+    assert rows["slow"].slow[0].startswith("slow.log: still at work after 2 s, load ")
+    assert (rows["hangs"].verdict, rows["hangs"].broken) == ("**no** (1)", ["did not end"])
+
+
+def test_what_could_not_be_judged_has_a_status_of_its_own(chaos, tmp_path: Path, capsys, monkeypatch) -> None:
+    def slow(work: Path, *, seed: int, total: int) -> list[world.Outcome]:
+        return [world.Outcome("losses", "a fault", "holds", tried=1, slow=["log: still at work after 240 s"])]
+
+    monkeypatch.setattr("losses.run_family", slow)
+    assert chaos.main(["--families", "losses,disk", "--work", str(tmp_path)]) == 3
+    said = capsys.readouterr().out.splitlines()
+    assert "| losses | a fault | 1 | holds | too slow to judge (1) |" in said
+    assert said[-1] == "* losses, a fault: log: still at work after 240 s"
+    assert chaos.main(["--families", "losses,damage", "--work", str(tmp_path)]) == 1
+
+
 def test_a_family_that_raises_is_a_row_and_the_next_one_runs(chaos, tmp_path: Path, capsys) -> None:
     output = tmp_path / "table.md"
     arguments = ["--families", "damage,disk", "--seed", "7", "--work", str(tmp_path), "--output", str(output)]

@@ -106,8 +106,13 @@ def _done_before(output: Path, command: Sequence[str], checkpoint: Path) -> bool
 
 def _call(words: Sequence[str], output: Path, tasks: str, data: str | Path | None) -> None:
     """Run lmms-eval; its results must be new and hold the tasks."""
+    import torch
+
+    variables = {**os.environ, **_environment(data)}
+    if not torch.cuda.is_available():  # DeepSpeed, which accelerate imports, else reports at length that it found none
+        variables.setdefault("DS_ACCELERATOR", "cpu")
     before = set(output.rglob(f"*{RESULTS}"))
-    status = subprocess.run(words, env={**os.environ, **_environment(data)}).returncode
+    status = subprocess.run(words, env=variables).returncode
     new = set(output.rglob(f"*{RESULTS}")) - before
     if status == -signal.SIGKILL:
         raise InputError("lmms-eval was killed, most often because memory ran out: lower --batch_size")
