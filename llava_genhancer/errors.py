@@ -27,7 +27,10 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: object):
-        super().__init__(plain(str(message)))
+        text = str(message)
+        if "\nOriginal Traceback" in text:  # torch passes a data worker's exception on as the page of its traceback
+            text = text.strip().splitlines()[-1].partition("Error: ")[2]
+        super().__init__(plain(text))
 
 
 def print_error(message: object, program: str = "llava-genhancer") -> None:

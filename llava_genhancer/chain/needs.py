@@ -146,8 +146,8 @@ def _memory(step: str, parameters: int, llava: LlavaRecipe) -> list[str]:
     weights = f"{width * parameters / 1e9:.0f} GB"
     if step == "pretrain":
         return [
-            f"needs {weights} of GPU memory for the frozen {llava.precision} language model, and its activations; a few "
-            "GB of disk"
+            f"needs {weights} of GPU memory for the frozen {llava.precision} language model, and its activations; a "
+            "few GB of disk"
         ]
     if llava.lora_rank:
         return [

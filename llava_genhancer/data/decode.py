@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -12,9 +13,28 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-# What those suffixes name; PIL knows many more, and has Ghostscript run for one of them.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+from llava_genhancer.errors import InputError
+
+try:
+    from PIL.AvifImagePlugin import SUPPORTED as _AVIF
+except ImportError:  # Pillow before 11.3
+    _AVIF = False
+
+# Names that are taken for images; whether one can be read shows in its content, and HEIC or JPEG XL cannot.
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".pjp", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif",
+    ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".img",
+)  # fmt: skip
+# The formats that are decoded; PIL reads many more, and has Ghostscript run for one of them.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(("AVIF",) if _AVIF else ()))
+# Errors that concern one name or file. Any other (EIO, EMFILE, ESTALE, EACCES, ...) is a fault of the disk, the network
+# or this process: images that it hides are not damaged, and training without them would be another training.
+ITEM_ERRORS = frozenset(
+    (
+        errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EOVERFLOW,
+        errno.ENXIO,
+    )
+)  # fmt: skip
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 256_000_000
 MAX_SCANS = 50  # of a progressive JPEG, which has about ten; each costs a pass over all pixels, even an empty one
@@ -40,9 +60,10 @@ def decode(data: bytes | str | os.PathLike) -> Image.Image:
     Raises:
         BadImage: not an image, damaged, smaller than 8 pixels, larger than 64 megapixels or 256 MB, or a JPEG of more
             scans than a picture of its size has.
+        InputError: the disk, the network or this process cannot read the file, whatever is in it.
     """
+    content = data if isinstance(data, bytes) else _read(data)
     try:
-        content = data if isinstance(data, bytes) else _read(data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of sizes that are checked here, and of odd EXIF
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -63,11 +84,7 @@ def decode(data: bytes | str | os.PathLike) -> Image.Image:
     except Image.DecompressionBombError:
         raise BadImage("larger than 64 megapixels") from None
     except Image.UnidentifiedImageError:
-        raise BadImage("not an image") from None
-    except FileNotFoundError:
-        raise BadImage("file not found") from None
-    except PermissionError:
-        raise BadImage("file not readable") from None
+        raise BadImage(_unreadable(content)) from None
     except Exception as error:  # decoders raise anything: struct.error, SyntaxError, KeyError, OSError, ...
         raise BadImage("truncated" if "truncated" in str(error).lower() else "damaged") from None
 
@@ -105,13 +122,49 @@ def bounded_for(image: Image.Image, processor: Any) -> Image.Image:
 
 def _read(path: str | os.PathLike) -> bytes:
     """A file's content; a pipe or a device of that name would be waited for, or be read for ever."""
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise BadImage("not a file")
-    if status.st_size > MAX_BYTES:
-        raise BadImage("larger than 256 MB")
-    with open(path, "rb") as file:
-        return file.read(MAX_BYTES)
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadImage("not a file")
+        if status.st_size > MAX_BYTES:
+            raise BadImage("larger than 256 MB")
+        with open(path, "rb") as file:
+            return file.read(MAX_BYTES)
+    except FileNotFoundError:
+        raise BadImage("file not found") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        refuse_fault(error, path)
+        raise BadImage("damaged") from None
+
+
+def refuse_fault(error: BaseException, path: object) -> None:
+    """Raise InputError if ``error`` is a fault of the disk, the network or this process; return if the data is bad.
+
+    Args:
+        path: the file that was being read.
+    """
+    if not isinstance(error, OSError) or error.errno is None or error.errno in ITEM_ERRORS:
+        return
+    advice = {
+        errno.EMFILE: "raise the limit on open files (ulimit -n) or lower --num_workers",
+        errno.ENFILE: "raise the system's limit on open files or lower --num_workers",
+        errno.EACCES: "check its permissions",
+        errno.EPERM: "check its permissions",
+    }.get(error.errno, "check the disk or the network file system")
+    name = errno.errorcode.get(error.errno, str(error.errno))
+    # Arrow's errors carry a sentence of their own as strerror.
+    raise InputError(
+        f"data {path} cannot be read: {os.strerror(error.errno)} ({name}); {advice}, then repeat the command"
+    ) from None
+
+
+def _unreadable(content: bytes) -> str:
+    """Why PIL finds no image in ``content``."""
+    if content.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the file"
+    if content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
+        return "HEIC, which is not read"
+    return "not an image"
 
 
 def _scans(jpeg: bytes) -> int:

@@ -8,9 +8,9 @@ that was open, plus the block that was being filled.
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
+import os
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -23,12 +23,13 @@ from torch.utils.data import IterableDataset, default_collate, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from llava_genhancer.data.decode import BadImage
-from llava_genhancer.data.images import RawSample, ShardSource, Source
+from llava_genhancer.data.images import ParquetSource, RawSample, ShardSource, Source
 from llava_genhancer.data.order import TABLE, Computed, sample_seed, shuffled
 from llava_genhancer.errors import InputError
 
 MIN_READ = 50  # images read by one reader before the share of bad ones is judged
 KEPT_KEYS = 100
+MAX_DAMAGED = 3  # shards of a reader that may be damaged, where nobody counted what they held; or max_bad_fraction
 
 
 @dataclass
@@ -37,7 +38,7 @@ class SkipReport:
 
     Attributes:
         read: images looked at. skipped: of them, not usable.
-        by_reason: counts. keys: (key, reason) of the first hundred.
+        by_reason: counts. keys: (key, reason) of the first hundred, each once.
     """
 
     read: int = 0
@@ -49,7 +50,7 @@ class SkipReport:
         """Count one skipped image."""
         self.skipped += 1
         self.by_reason[reason] = self.by_reason.get(reason, 0) + 1
-        if len(self.keys) < KEPT_KEYS:
+        if len(self.keys) < KEPT_KEYS and (key, reason) not in self.keys:
             self.keys.append((key, reason))
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,17 +82,18 @@ class ImageStream(IterableDataset):
         self.block = 0  # blocks finished this epoch
         self.position = 0  # samples of the current block already given
         self.read = self.bad = 0
+        self.damaged = 0  # shards of this epoch that are damaged and have no statistics
         # Whether the order of items is computed; part of the state, as it was a table for any number of them once.
         self.computed = int(not isinstance(source, ShardSource) and len(source) > TABLE)
 
     def state_dict(self) -> dict[str, int]:
         """Where this reader stands."""
-        names = ("epoch", "unit", "offset", "block", "position", "read", "bad", "computed")
+        names = ("epoch", "unit", "offset", "block", "position", "read", "bad", "computed", "damaged")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from there."""
-        for name, value in {"computed": 0, **state}.items():
+        for name, value in {"computed": 0, "damaged": 0, **state}.items():
             setattr(self, name, value)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -115,6 +117,13 @@ class ImageStream(IterableDataset):
                     if self.read >= MIN_READ and self.bad > self.max_bad_fraction * self.read:
                         yield self._problem(f"{self.bad} of the first {self.read} images cannot be used", skipped)
                         return
+                    if isinstance(self.source, ShardSource) and sample.is_damaged_shard:
+                        self.damaged += 1
+                        shards = len(self._mine(reader, readers))
+                        if self.damaged > max(MAX_DAMAGED, self.max_bad_fraction * shards):
+                            what = f"{self.damaged} of {shards} shards are damaged, with an unknown number of images"
+                            yield self._problem(what, skipped)
+                            return
                     continue
                 given = True
                 yield {"image": image, "key": sample.key, "read": read, "skipped": skipped}
@@ -124,9 +133,10 @@ class ImageStream(IterableDataset):
                 yield self._problem(f"{share_text} found no usable image in a whole pass", skipped)
                 return
             self.epoch, self.unit, self.offset, self.block, self.position = epoch + 1, 0, 0, 0, 0
+            self.damaged = 0
 
     def _problem(self, what: str, skipped: list[tuple[str, str]]) -> dict[str, Any]:
-        """An error travels as a sample: an exception in a data worker would arrive as a page of traceback."""
+        """Return an error as a sample, with which the loader's iteration ends in an InputError."""
         last = "; ".join(f"{key}: {reason}" for key, reason in skipped[-3:])
         advice = "fix the data, use fewer --num_workers, or raise --max_bad_fraction"
         return {"problem": f"{what} ({last or 'nothing read'}): {advice}"}
@@ -153,12 +163,17 @@ class ImageStream(IterableDataset):
                 yield block[order[i]]
             self.unit, self.offset, self.block, self.position = unit, offset, self.block + 1, 0
 
+    def _mine(self, reader: int, readers: int) -> range:
+        """The places in the epoch's order whose shards this reader opens: all where there are fewer than readers."""
+        count = len(self.source)
+        return range(count) if count < readers else range(reader, count, readers)
+
     def _next_block(self, reader: int, readers: int) -> tuple[list[RawSample], int, int]:
         """The samples after ``unit``/``offset``, and the ``unit``/``offset`` after them."""
         assert isinstance(self.source, ShardSource)
         order = shuffled(len(self.source), self.seed, self.epoch).tolist()
         strided = len(order) < readers
-        shards = order if strided else order[reader::readers]
+        shards = [order[place] for place in self._mine(reader, readers)]
         block: list[RawSample] = []
         unit, offset = self.unit, self.offset
         while unit < len(shards):
@@ -189,19 +204,23 @@ def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def start_worker(worker: int) -> None:
-    """Stops are the trainer's business: a worker that dies of Ctrl-C would take its rank down before it can save."""
+    """Prepare a data worker: one thread, and deaf to all but the process that started it.
+
+    Stops are the trainer's business: a worker that dies of Ctrl-C, or of the SIGTERM that a launcher sends to every
+    process of a job, would take its rank down before it can save. The SIGTERM with which the interpreter of its own
+    process ends it is another matter, as that one waits for its end.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # which says who sent it; without it SIGTERM ends a worker
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
 
 
-@atexit.register
-def _kill_workers() -> None:
-    """The interpreter ends its workers with SIGTERM and waits: for ever, as they ignore it. So they are gone before."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes their end for an accident
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+def _end_when_told(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)  # any other status would be an accident to torch
 
 
 def end_workers(batches: Any) -> None:
@@ -285,9 +304,10 @@ def check_readers(source: Source, *, num_workers: int, world_size: int, sharding
         InputError: fewer images than readers.
     """
     readers = max(num_workers, 1) * (1 if sharding == "replicated" else world_size)
-    if not isinstance(source, ShardSource) and len(source) < readers:
+    images = source.estimate() if not isinstance(source, ShardSource) or isinstance(source, ParquetSource) else readers
+    if images < readers:
         raise InputError(
-            f"data: {len(source)} images cannot be shared among {readers} readers (ranks x num_workers): "
+            f"data: {images} images cannot be shared among {readers} readers (ranks x num_workers): "
             "lower --num_workers or add images"
         )
 

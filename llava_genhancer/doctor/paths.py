@@ -21,15 +21,16 @@ def data(recipe: Recipe) -> tuple[Finding, int | None]:
     if recipe.data.startswith("hf:"):
         return Finding(NOTE, "data", f"{recipe.data} is on the hub, which was not asked"), None
     try:
-        from llava_genhancer.data.images import open_source
+        from llava_genhancer.data.images import ParquetSource, ShardSource, open_source
 
         source = open_source(recipe.data, image_folder=recipe.image_folder)
     except InputError as error:
         return Finding(PROBLEM, "data", str(error)), None
     except ImportError as error:
         return Finding(PROBLEM, "data", f"{recipe.data} could not be opened: {error}", INSTALL), None
-    kind = "shards" if hasattr(source, "shards") else "images"
-    found = Finding(OK, "data", f"{recipe.data}: {len(source)} {kind}, the first image decodes")
+    shards = isinstance(source, ShardSource) and not isinstance(source, ParquetSource)
+    count = f"{len(source)} shards" if shards else f"{source.estimate()} images"
+    found = Finding(OK, "data", f"{recipe.data}: {count}, the first image decodes")
     return found, _count(source) if recipe.cache_crops else None
 
 

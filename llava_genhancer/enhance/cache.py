@@ -46,16 +46,22 @@ class CachedSample(RawSample):
 
 
 class CachedShards(ShardSource):
-    """Tar shards beside their records."""
+    """Shards beside their records."""
 
     def __init__(self, source: ShardSource, layer: Layer, pixels: bool):
         super().__init__(source.shards)
-        self.layer, self.pixels = layer, pixels
+        self.source, self.layer, self.pixels = source, layer, pixels
+
+    def __len__(self) -> int:
+        """Number of shards."""
+        return len(self.source)
 
     def read(self, shard: int) -> Iterator[RawSample]:
         """The shard's samples; the tar itself is opened only where pixels are needed."""
         keys = run.read_json(self.layer.file(shard, ".json"))["keys"]
-        samples: Iterable[RawSample] = super().read(shard) if self.pixels else (RawSample(key, None) for key in keys)
+        samples: Iterable[RawSample] = (
+            self.source.read(shard) if self.pixels else (RawSample(key, None) for key in keys)
+        )
         for position, (key, sample) in enumerate(zip(keys, samples, strict=False)):
             same = sample.key == key
             yield CachedSample(

@@ -232,7 +232,7 @@ pipeline_tag: zero-shot-image-classification
 # {recipe["name"]}: a vision tower enhanced by post-training
 
 `{base}` after post-training with {method.title}, by llava_genhancer {manifest["versions"]["llava_genhancer"]}.
-Data: `{recipe["data"]}`. Seed {recipe["seed"]}. Exported with lora_scale {marker["lora_scale"]:g}{snapshot}.
+Data: {data_line(manifest)}. Seed {recipe["seed"]}. Exported with lora_scale {marker["lora_scale"]:g}{snapshot}.
 
 Command: `{shlex.join(["llava-genhancer", *manifest["command"][1:]])}`
 
@@ -252,6 +252,18 @@ Vision-only tuning moves the image side of a two-tower model: measure zero-shot 
 The weights' SHA-256 are in `{MARKER}`, with the whole recipe.
 """
     run.write_text(tower_dir / "README.md", text)
+
+
+def data_line(manifest: dict[str, Any]) -> str:
+    """Each stage's data with its fingerprint, once if all stages trained on the same."""
+    entries = manifest.get("data") or {"": {"path": manifest["recipe"]["data"]}}
+    lines = {
+        name: f"`{entry['path']}`" + (f" (fingerprint `{entry['fingerprint']}`)" if "fingerprint" in entry else "")
+        for name, entry in sorted(entries.items())
+    }
+    if len(set(lines.values())) == 1:
+        return next(iter(lines.values()))
+    return ", ".join(f"{line} in {name.replace('stage', 'stage ')}" for name, line in lines.items())
 
 
 def _measured(run_dir: Path) -> str:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
 from llava_genhancer import engine, run
-from llava_genhancer.data.images import Source, fingerprint, open_source
+from llava_genhancer.data.images import Source, description, listing, open_source
 from llava_genhancer.data.loader import build_loader, check_readers
 from llava_genhancer.data.views import SecondView, TrainView, shrink
 from llava_genhancer.enhance.backbones import check_backbone
@@ -105,6 +106,7 @@ def train_stage(recipe: Recipe, stage: int, run_dir: Path, source: Source, deeps
 
     started = time.time()
     args = training_arguments(recipe, stage, stage_dir, deepspeed)
+    data = record_data(recipe, stage, run_dir, source)
     target = load_target(recipe).to(args.device)
     with engine.without_zero_init(args):
         enhancer = build_stage(recipe, stage, target, [folder / WEIGHTS for folder in earlier])
@@ -140,7 +142,7 @@ def train_stage(recipe: Recipe, stage: int, run_dir: Path, source: Source, deeps
             "num_workers": recipe.num_workers,
             "per_device_batch_size": recipe.per_device_batch_size,
             "deepspeed_stage": engine.zero_stage(args),
-            "data": fingerprint(source),
+            "data": data["fingerprint"],
         },
         snapshot_steps=table.snapshot_steps,
         decay_all=recipe.decay_biases_and_norms,
@@ -154,11 +156,42 @@ def train_stage(recipe: Recipe, stage: int, run_dir: Path, source: Source, deeps
         images = _preview(source, recipe.sample_images, side)
         trainer.add_callback(_Pictures(trainer, images, table.sample_steps))
     final = trainer.run()
-    engine.finish_stage(trainer, final, time.time() - started, stage=stage)
+    engine.finish_stage(trainer, final, time.time() - started, stage=stage, data=data)
     # Let a second stage start from an empty device.
     trainer.accelerator.free_memory()
     del trainer, enhancer, target, loader
     engine.forget()
+
+
+def record_data(recipe: Recipe, stage: int, run_dir: Path, source: Source) -> dict[str, Any]:
+    """Write into the manifest which data a stage trains on, beside the other stages' (collective).
+
+    Rank 0 computes the fingerprint, or takes it from the manifest if the files' listing is the same as at an earlier
+    start.
+
+    Returns:
+        The entry, on every rank: path, image_folder, fingerprint, number of images or shards.
+    """
+    shared: list[Any] = [None]
+    if int(os.environ.get("RANK", "0")) == 0:
+        manifest = run.read_json(run_dir / run.MANIFEST)
+        entries: dict[str, dict[str, Any]] = manifest.get("data", {})
+        seen = listing(source)
+        known = {entry["listing"]: entry["fingerprint"] for entry in entries.values() if entry.get("listing")}
+        source.identity = source.identity or known.get(seen, "")
+        entry = {"path": recipe.data, "image_folder": recipe.image_folder, **description(source), "listing": seen}
+        for name, other in entries.items():
+            if name < f"stage{stage}" and other["fingerprint"] != entry["fingerprint"]:
+                log.warning(
+                    "stage %d trains on other data (%s, %s) than %s (%s, %s); the manifest names both",
+                    stage, entry["path"], entry["fingerprint"], name, other["path"], other["fingerprint"],
+                )  # fmt: skip
+        run.write_json(run_dir / run.MANIFEST, {**manifest, "data": {**entries, f"stage{stage}": entry}})
+        shared = [entry]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(shared, src=0)
+    source.identity = shared[0]["fingerprint"]
+    return {key: value for key, value in shared[0].items() if key != "listing"}
 
 
 def optimizer(recipe: Recipe, table: StageRecipe) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:

@@ -141,23 +141,22 @@ def captions_of(recipe: Recipe, count: int) -> list[str] | None:
             return None
         keys = [key for key, _ in source.first(count)]
         found: dict[str, str] = {}
-        for path in source.shards:
-            name = os.path.basename(path)
+        for name, path in zip(source.names, source.shards, strict=True):
             wanted = {key for key in keys if key.startswith(f"{name}:")} - found.keys()
             if wanted:
-                found |= _texts(Path(path), wanted)
+                found |= _texts(path, name, wanted)
     except (InputError, OSError, tarfile.TarError):  # the data may have gone since the training
         return None
     return [found[key] for key in keys] if all(key in found for key in keys) else None
 
 
-def _texts(path: Path, wanted: set[str]) -> dict[str, str]:
+def _texts(path: str, name: str, wanted: set[str]) -> dict[str, str]:
     """The ``.txt`` members of a shard by their image's key, read until all are found."""
     found: dict[str, str] = {}
     with tarfile.open(path, "r:") as archive:
         for member in archive:
             stem, suffix = os.path.splitext(member.name)
-            key = f"{path.name}:{stem}"
+            key = f"{name}:{stem}"
             if suffix == ".txt" and key in wanted and member.isreg():
                 content = archive.extractfile(member)
                 assert content is not None

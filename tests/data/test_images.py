@@ -11,7 +11,7 @@ from packing import encoded, picture, write_shards, write_tar
 from PIL import Image
 
 from llava_genhancer.data.decode import BadImage
-from llava_genhancer.data.images import IndexedSource, ShardSource, fingerprint, open_source
+from llava_genhancer.data.images import IndexedSource, RawSample, ShardSource, fingerprint, open_source
 from llava_genhancer.errors import InputError
 
 
@@ -22,9 +22,7 @@ def shards(tmp_path_factory) -> list[Path]:
 
 
 def keys(source: ShardSource | IndexedSource) -> list[str]:
-    if isinstance(source, ShardSource):
-        return [s.key for i in range(len(source)) for s in source.read(i)]
-    return [source.get(i).key for i in range(len(source))]
+    return [sample.key for sample in samples(source)]
 
 
 def same(image: Image.Image, seed: int) -> bool:
@@ -229,26 +227,37 @@ def dataset():
     return datasets.Dataset.from_dict({"label": list(range(5)), "picture": cells}, features=features)
 
 
-def check_five(source: IndexedSource) -> None:
-    assert len(source) == 5
-    outcomes = []
-    for i in range(5):
+def samples(source: ShardSource | IndexedSource) -> list[RawSample]:
+    if isinstance(source, ShardSource):
+        return [sample for i in range(len(source)) for sample in source.read(i)]
+    return [source.get(i) for i in range(len(source))]
+
+
+def outcomes(source: ShardSource | IndexedSource) -> list[Image.Image | str]:
+    """Images, and the reasons why there are none."""
+    found: list[Image.Image | str] = []
+    for sample in samples(source):
         try:
-            outcomes.append(same(source.get(i).image(), i))
+            found.append(sample.image())
         except BadImage as error:
-            outcomes.append(str(error))
-    assert outcomes == [True, "empty", True, "not an image", True]
-    assert len({source.get(i).key for i in range(5)}) == 5
+            found.append(str(error))
+    return found
 
 
-@pytest.fixture
-def hf_cache(tmp_path, monkeypatch) -> None:
-    import datasets
+def check_five(source: ShardSource | IndexedSource) -> None:
+    found = outcomes(source)
+    assert [o if isinstance(o, str) else same(o, i) for i, o in enumerate(found)] == [
+        True,
+        "empty",
+        True,
+        "not an image",
+        True,
+    ]
+    assert len(set(keys(source))) == 5
+    assert source.estimate() == 5
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
-
-def test_parquet_by_file_folder_glob_and_nested_folder(tmp_path, dataset, hf_cache) -> None:
+def test_parquet_by_file_folder_glob_and_nested_folder(tmp_path, dataset) -> None:
     (tmp_path / "data" / "nested").mkdir(parents=True)
     dataset.to_parquet(tmp_path / "data" / "nested" / "train.parquet")
     for path in ("data/nested/train.parquet", "data/nested", "data/nested/*.parquet", "data"):
@@ -279,7 +288,7 @@ def test_a_hub_id_is_loaded_by_name_and_split(dataset, monkeypatch) -> None:
     assert asked == [("someone/pictures", "train"), ("someone/pictures", "validation[:10]")]
 
 
-def test_hf_data_that_is_none(tmp_path, hf_cache) -> None:
+def test_hf_data_that_is_none(tmp_path) -> None:
     import datasets
 
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 but not really")

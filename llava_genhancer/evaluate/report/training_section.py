@@ -42,6 +42,12 @@ def training(report: Report) -> str:
     if rows:
         header = ["stage", "learns", "learning rate", "steps", "images", "last loss", "trained parameters", "time"]
         parts.append(table(header, rows))
+        entries = {n: s["data"] for n, s in report.facts["stages"].items() if isinstance(s.get("data"), dict)}
+        if entries:
+            told = (
+                f"stage {n}: {code(str(e.get('path')))} ({code(str(e.get('fingerprint')))})" for n, e in entries.items()
+            )
+            parts.append(f"Data and their fingerprints: {'; '.join(told)}.")
     if histories:
         figures.loss_figure(histories, report.path("loss.png"), method.loss)
         parts.append(report.figure("loss.png", "Loss of each stage over its steps, as logged and smoothed"))
