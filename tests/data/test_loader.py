@@ -1,5 +1,12 @@
 """The stream: each sample to exactly one reader, another order each epoch, and resumes that nobody can tell."""
 
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -370,3 +377,188 @@ def test_a_worker_lost_while_it_hands_over_is_told_as_torch_tells_it(broken: Exc
     with pytest.raises(RuntimeError, match=f"DataLoader worker is gone: {type(broken).__name__}"):
         next(given)
     assert list(batches_of(iter([{"keys": []}]))) == [{"keys": []}]
+
+
+# --- shards that lost images, and disks that fail -----------------------------------------------------------------
+
+
+def cut(path: Path, share: float) -> None:
+    os.truncate(path, int(os.path.getsize(path) * share))
+
+
+def counted(path: Path, successes: int) -> None:
+    """As img2dataset leaves it beside a shard."""
+    text = json.dumps({"count": successes + 3, "successes": successes, "failed_to_download": 3})
+    path.with_name(f"{path.stem}_stats.json").write_text(text)
+
+
+@pytest.mark.parametrize("workers", [0, 3])  # with three, each reads a part of the one shard
+def test_images_lost_with_half_a_shard_count_each(tmp_path: Path, workers: int) -> None:
+    (path,) = write_shards(tmp_path, [600])
+    counted(path, 600)
+    cut(path, 0.5)
+    source = open_source(str(tmp_path))
+    with pytest.raises(InputError, match=r"images cannot be used .*00000.tar:lost: unreadable shard.*max_bad_fraction"):
+        take(iter(loader(source, num_workers=workers)), 600)
+    images = loader(source, num_workers=workers, max_bad_fraction=0.9, batch_size=1)
+    left = sum(sample.data is not None for sample in source.read(0))
+    assert 280 < left < 320
+    if not workers:
+        take(iter(images), left + 1)
+        report = images.report()
+        assert (report.read, report.skipped) == (600 + 1 + report.skipped - (600 - left), report.skipped)
+        assert report.by_reason["unreadable shard, or the rest of one"] >= 600 - left
+        assert report.keys == [("00000.tar:lost", "unreadable shard, or the rest of one")]
+
+
+def test_what_a_shard_without_statistics_lost_is_guessed_from_the_others(tmp_path: Path) -> None:
+    paths = write_shards(tmp_path, [200, 200, 200])
+    cut(paths[1], 0.5)
+    source = ShardSource(list(map(str, paths)))
+    lost = [sample for sample in source.read(1) if sample.data is None]
+    assert 85 <= len(lost) <= 115
+    assert lost[0].key == "00001.tar:"
+    with pytest.raises(InputError, match="images cannot be used"):
+        take(iter(loader(source)), 600)
+
+
+def test_a_shard_whose_end_was_never_filled_is_not_whole(tmp_path: Path) -> None:
+    """A download that reserves its room first: zeros look like a tar's end."""
+    members = [(f"{i:03}.bmp", encoded(picture(i, (200, 200)), "BMP")) for i in range(40)]
+    path = write_tar(tmp_path / "0.tar", members)
+    size = path.stat().st_size
+    cut(path, 0.5)
+    os.truncate(path, size)
+    found = list(ShardSource([str(path)]).read(0))
+    assert sum(sample.data is None for sample in found) >= 18
+
+
+def test_fewer_images_than_counted_are_lost_ones_in_a_whole_shard_too(tmp_path: Path) -> None:
+    (path,) = write_shards(tmp_path, [5])
+    for successes, lost in ((5, 0), (8, 3), (2, 0), (-1, 0), (10**12, 0)):
+        counted(path, successes)
+        found = list(ShardSource([str(path)]).read(0))
+        assert [s.problem for s in found if s.data is None] == lost * ["fewer images than 00000_stats.json counts"]
+    path.with_name("00000_stats.json").write_text('["successes"]')
+    assert len(list(ShardSource([str(path)]).read(0))) == 5
+
+
+def test_many_damaged_shards_of_unknown_loss_are_an_error(tmp_path: Path) -> None:
+    paths = write_shards(tmp_path, [3] * 12)
+    source = open_source(str(tmp_path))
+    for path in paths[:3]:
+        path.write_bytes(b"")
+    take(iter(loader(source, max_bad_fraction=0.25)), 40)
+    paths[3].write_bytes(b"")
+    with pytest.raises(InputError, match="4 of 12 shards are damaged, with an unknown number of images"):
+        take(iter(loader(source, max_bad_fraction=0.25)), 40)
+    take(iter(loader(source, max_bad_fraction=0.4)), 40)
+
+
+def test_damage_is_resumed_exactly(tmp_path: Path) -> None:
+    paths = write_shards(tmp_path, [40, 40, 40])
+    cut(paths[1], 0.6)
+    counted(paths[2], 60)
+    source = ShardSource(list(map(str, paths)))
+    whole = loader(source, max_bad_fraction=0.9)
+    batches = take(iter(whole), 120)
+    for stop in (1, 17, 40, 70, 99):
+        first = loader(source, max_bad_fraction=0.9)
+        take(iter(first), stop)
+        second = loader(source, max_bad_fraction=0.9)
+        second.load_state_dict(first.state_dict())
+        assert equal(take(iter(second), 120 - stop), batches[stop:])
+        assert second.report().to_dict() == whole.report().to_dict()
+
+
+def faulty(kind: str, root: Path) -> Source:
+    """A source in which one file answers reads with EIO, as /proc/self/mem does at its begin."""
+    root.mkdir()
+    if kind == "shards":
+        (root / "1.tar").symlink_to("/proc/self/mem")
+        write_tar(root / "0.tar", [("a.png", encoded(picture(0)))])
+    else:
+        (root / "b.png").symlink_to("/proc/self/mem")
+        (root / "a.png").write_bytes(encoded(picture(0)))
+    return open_source(str(root))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", ["shards", "folder"])
+def test_a_failing_disk_ends_the_run_in_one_line(tmp_path: Path, kind: str, workers: int) -> None:
+    source = faulty(kind, tmp_path / "data")
+    with pytest.raises(
+        InputError, match=r"^data .* cannot be read: Input/output error \(EIO\); check the disk"
+    ) as caught:
+        take(iter(loader(source, num_workers=workers, batch_size=1, max_bad_fraction=1.0)), 5)
+    assert "Traceback" not in str(caught.value)
+
+
+def every_descriptor() -> list[int]:
+    held = []
+    with contextlib.suppress(OSError):
+        while True:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    return held
+
+
+@pytest.mark.parametrize("kind", ["shards", "folder", "parquet"])
+def test_too_many_open_files_are_no_damage(tmp_path: Path, kind: str) -> None:
+    if kind == "shards":
+        write_shards(tmp_path, [3])
+    elif kind == "folder":
+        (tmp_path / "a.png").write_bytes(encoded(picture(0)))
+    else:
+        import pyarrow
+        from pyarrow.parquet import write_table
+
+        write_table(pyarrow.table({"image": [encoded(picture(0))]}), tmp_path / "a.parquet")
+    source = open_source(str(tmp_path))
+    batches = iter(loader(source, batch_size=1, shuffle_block=1))
+    take(batches, 1)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(limits[0], 256), limits[1]))
+    held = every_descriptor()
+    try:
+        with pytest.raises(InputError, match=r"\(EMFILE\); raise the limit on open files"):
+            take(batches, 5)
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_the_host_program_s_own_children_are_left_alone(tmp_path: Path) -> None:
+    """A program that imports the loader may have children, which end as they would without it."""
+    program = f"""
+import multiprocessing, signal, sys, time, pathlib
+import llava_genhancer.data.loader
+def child():
+    def end(*_):
+        pathlib.Path({str(tmp_path / "ended")!r}).write_text("in order")
+        sys.exit(0)
+    signal.signal(signal.SIGTERM, end)
+    pathlib.Path({str(tmp_path / "begun")!r}).write_text("")
+    time.sleep(60)
+process = multiprocessing.Process(target=child, daemon=True)
+process.start()
+while not pathlib.Path({str(tmp_path / "begun")!r}).exists():
+    time.sleep(0.01)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    assert (tmp_path / "ended").read_text() == "in order"
+
+
+def test_a_worker_hears_its_own_process_alone(shards: ShardSource) -> None:
+    """A launcher's SIGTERM goes to all processes of a job; the rank still has to save."""
+    batches = loader(shards, num_workers=1)
+    given = iter(batches)
+    take(given, 1)
+    (worker,) = batches._batches._workers
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    time.sleep(0.3)
+    assert worker.is_alive()
+    take(given, 30)
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
