@@ -1,32 +1,183 @@
-"""What a reply in free words answers: an option's letter, or yes or no; None where it does not say.
+"""Reads the answer in a generated reply: an option's letter, or yes or no; None where the reply gives no answer.
 
-Any model may be asked, so any wording may come back. What a reply states beats what it mentions; a refusal, or two
-answers at once, is no answer. Tasks count those as wrong and report how many there were.
+Any model may be asked, so any wording may come back. Named rules are tried in a fixed order (``CHOICE_RULES`` and
+``YES_NO_RULES``); the first rule that decides ends the reading. The order is: the options themselves, then the first
+answer that the reply commits to (what follows is explanation, unless the reply corrects itself), then refusals, and
+last a reply that names one answer only. Tasks count a reply without an answer as wrong and report their number.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 LETTERS = "ABCDEFGH"
 
-_QUOTES = str.maketrans("’‘“”*_`", "''\"\"   ")
-_STATING = (
-    r"\b(?i:(?:final |correct |right |best )?(?:answer|option|choice)|therefore|thus|hence|so|choose|pick|select)\b"
-    r"(?i:\s+(?:(?:is|would|should|must|be|it|i|the|correct|right|final|best|answer|option|choice|choose|pick)\b|it's))*"
-    r"\s*[:,]?\s*"
+# --- what a reply is made of -----------------------------------------------------------------------------------------
+_REASONING = re.compile(
+    r"(?s)^.*(?:</|◁/)(?:think|thinking|thought|reasoning)[>▷]|[<◁](?:think|thinking|thought)[>▷].*$"
 )
-_NEGATED = r"(?i:\b(?:not|neither|nor|than)|n't)\s+(?i:(?:the|an?|option|answer|choice)\s+)*\(?$"
-_REFUSAL = re.compile(
-    r"\b(?:cannot|can't|can not|couldn't|could not|unable|unsure|unclear|unknown|impossible|sorry|apologi[sz]e"
-    r"|don't know|do not know|neither|none of|hard to (?:tell|say)|depends"
-    r"|not (?:sure|clear|possible|certain|able|enough|visible|specified|provided)|no (?:way|information|image))\b"
+_STRUCK = re.compile(r"~~.*?~~|<\|[^|>]*\|>|</?s>|<(?:end|start)_of_turn>")
+_MARKED = re.compile(
+    r"""(?isx) \\boxed\s*\{ ((?:[^{}]|\{[^{}]*\})*) \}             # LaTeX
+    | <(?:answer|conclusion)> (.*?) (?:</(?:answer|conclusion)>|$)  # XML
+    | ["'](?:final_?\s?)?(?:answer|choice|option|prediction|response)["'] \s*:\s*  # JSON
+      (?: "((?:[^"\\]|\\.)*)" | '([^']*)' | ([^\s,}\]]+) )"""
 )
+_TEX = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mathit|rm)\b\s*|\\[()\[\]]|[${}]")
+_SIGNS = str.maketrans("’‘“”（）：。，、！？；*_`#", "''\"\"():.,,!?;    ")
+_BARE = " .,:;!?()[]<>\"'\n\t*_`#"  # around a reply that is an answer and nothing else
+
+# --- how a reply commits itself --------------------------------------------------------------------------------------
+_LINK = (
+    r"(?:\s*(?:\b(?:is|was|are|ist|es|est|(?:would|should|must|could|might|may|has to|(?:seems|appears) to) be)\b"
+    r"|'s\b|é\b|è\b|是|为|為|[:=→—]|[-=]>))+"
+)
+_FILLERS = (
+    r"(?:[\s:,\"'=>\[-]+|(?:the|my|that|it|is|was|be|it's|here|indeed|most likely|likely|probably|clearly|definitely"
+    r"|simply|therefore|option|choice|answer|letter|number|opción|die|la|le"
+    r"|(?:correct|right|best|final|only|most \w+)(?=\s+(?:answer|option|choice|one|letter)))\b)*"
+)
+# A strong cue is followed by an answer. After a weak one ("but B shows a cat") the letter must end its clause too.
+_CUE = re.compile(
+    rf"""(?x) (?<![a-z'-]) (?:
+      (?P<strong> (?:answer|option|choice|response|selection|antwort|respuesta|r[ée]ponse|risposta|resposta|ответ
+          |答案|选项|正解|回答)
+        (?:\s+(?:to|for)\s+(?:the|this|that|your)\s+(?:question|image|problem|picture|puzzle))?
+        (?:\s+(?:corre[ct]+[ae]|here))? {_LINK}
+      | (?:choose|chose|pick|picked|select|selected|go(?:ing)?\s+with|opt\s+for|elijo|wähle)\b | 应?该?选择? )
+    | (?P<weak> (?:so|therefore|thus|hence|it's|it\s+is|that's|this\s+is|(?:it|this|that)\s+(?:must|would|should|could|might)\s+be
+          |think|believe|guess|say|probably|likely|maybe|perhaps|possibly|but|rather|instead)\b )
+    ) {_FILLERS}"""
+)
+_FINAL = re.compile(rf"\bfinal\s+(?:answer|choice){_LINK}{_FILLERS}")
+_AFFIRMED = (
+    r"\s+(?:is|was|seems?|looks?|appears?|would be|must be)\s+(?:to be\s+)?(?:(?:the|clearly|more|most|also|indeed|definitely)\s+)*"
+    r"(?:correct|right|best|true|accurate|likely|answer|closest|better)\b(?!\s+(?:side|hand))|\s+best\s+\w|\s+ist\s+richtig"
+)
+_PRAISED = re.compile(rf"\b([A-H])\)?(?i:{_AFFIRMED})", re.ASCII)
+_LETTER = re.compile(r"([(\[{<\"' ]*)([A-Ha-h])(?![\w'-])([)\]}>\"']*)", re.ASCII)
+_ORDINAL = re.compile(
+    r"(?:the\s+)?(first|second|third|fourth|fifth|last|former|latter)(?=\W*$|[.,;:!\n]|\s+(?:one|option|choice|answer)\b)"
+    r"(?:\s+(?:one|option|choice|answer))?"
+)
+_PLACE = {"first": 0, "former": 0, "second": 1, "third": 2, "fourth": 3, "fifth": 4, "last": -1, "latter": -1}
+_SERIES = re.compile(r"\s*(?:$|[.,\n]|or\b|and\b)")
+_LEAD = re.compile(
+    r"[\s>•\"'(\[-]*(?:(?:assistant|ai|gpt)\s*:\s*)?(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer|选项)\s*)?"
+)
+_CLAUSE_END = re.compile(
+    rf"""(?x) \s*(?:$|\n) | [)\].:,;!]+(?:\s|$|[^\x00-\x7f]) | \s*[—–(=] | \s+- | \.\. | …
+    | \s+(?:because|since|as|due|for|given|not|rather|instead|over|here|if|选项)\b | {_AFFIRMED} | \s*[^\x00-\x7f]"""
+)
+_NO_ARTICLE = re.compile(
+    r"\s+(?:is|was|because|since|as|but|and|or|with|for|the|this|that|it|there|due|given|not|would|could|cannot|can't"
+    r"|seems|looks|appears|shows|has|does|did|must|best|rather|over|contains|depicts|describes)\b"
+)
+_REJECTED = re.compile(
+    r"""(?x) [)\]"':,]*\s*(?:\([^)\n]*\)\s*)? (?: cannot\b|can't\b|不 |
+    (?:is|are|was|does|do|did|could|would|should|has|seems?|looks?|appears?)
+    (?: n't | \s+(?:(?:also|clearly|definitely|probably|obviously|simply|the|therefore)\s+)*
+      (?:not|incorrect|inaccurate|invalid|wrong|false|untrue|unlikely|less|impossible|out|eliminated|excluded|ruled)\b ))"""
+)
+_BEFORE = re.compile(
+    r"(?:\b(?:not|never|if|whether|unless)|n't)\s+(?:(?!(?:but|so|and|because|however)\b)[a-z]+\s+){0,3}$"
+)
+_JOINED = re.compile(r"\s*(?:(,)|or\b|and\b|nor\b|/|&)\s*(?:(?:or|and|the|option|choice|answer)\s+)*")
+_CORRECTS = r"""[.,;:!?…\n—(-]\s*(?:(?:oh|hmm+|but|or|well)\W+)?
+    (?:(?:wait|actually|correction|scratch\ that|strike\ that|oops|on\ second\ thoughts?|on\ closer\ (?:look|inspection)
+    |i\ meant?|let\ me\ (?:correct|reconsider|re-?check|rethink|look\ again)|my\ mistake|i\ was\ wrong|sorry%s)
+    (?=\W) (?!\s+(?:for|a|an|the)\b) [\s,.:;!—-]*)+"""
+_RETRACTED = re.compile(_CORRECTS % "|no", re.VERBOSE)
+_RETRACTED_POLAR = re.compile(_CORRECTS % "", re.VERBOSE)  # where "no" is an answer
+
+# --- how a reply refuses ---------------------------------------------------------------------------------------------
+_PICTURE = r"(?:the |this |that |your |an?y? |actual |provided |attached |uploaded )*(?:image|picture|photo|photograph|figure|screenshot|visual|content)s?"
+_UNDECIDED = (
+    r"(?:cannot|can't|can not|could not|couldn't|unable to|not able to|impossible to|no way to|(?:hard|difficult) to|not possible to"
+    r"|insufficient information to|not enough information to)"
+    r" (?:\w+ly )?(?:be )?(?:tell|determined?|say|said|answer(?:ed)?|confirm(?:ed)?|identif(?:y|ied)|verif(?:y|ied)|decided?"
+    r"|judged?|know|known|inferred|infer|conclude|discern|make out|ascertain)"
+    r"|not (?:sure|certain|clear|enough|specified|determinable)|unclear|unknown|undetermined|indeterminate|unsure"
+    r"|don't know|do not know|no idea|insufficient|hard to tell|it depends|depends on"
+)
+_REFUSAL = (
+    rf"{_UNDECIDED}|unable|sorry|apologi[sz]e|as an ai|i'm an ai|i am an ai|\bai (?:language |assistant|model)|language model"
+    r"|text-based|neither|none of|not (?:able|possible)|no way\b|no (?:information|context|access)|impossible"
+    r"|(?:don't|do not|doesn't|does not|didn't|without|lack)(?: currently| actually)? (?:have|see|receive|possess|include)?"
+    r" ?(?:the |any |an |access to |ability to |enough |visual |direct )*"
+    r"(?:access|ability|capabilit\w+|vision|eyes|images?\b(?! of)|pictures?\b(?! of)|photos?\b(?! of)|information|context|capacity)"
+    rf"|(?:cannot|can't|can not|couldn't|could not) (?:\w+ly )?(?:assist|help|provide|access|process|analy[sz]e|interpret|comply|fulfil\w*"
+    rf"|(?:see|view|open|display) (?:{_PICTURE}|it|that|this|what|whether|if|anything|clearly|well|enough|from here)\b|(?:see|view)\W*$|\W*$)"
+    r"|no (?:image|photo|picture)s?\b(?! (?:of|frame|on|in))"
+    rf"|{_PICTURE} (?:is|was|are|were|has|have)(?:n't| not)(?: been)? (?:visible|provided|available|attached|shown|loaded|included|uploaded|clear)"
+    r"|(?:please|kindly|could you) (?:provide|upload|share|attach|describe)|too (?:blurry|blurred|dark|small|unclear|far)"
+)
+_REFUSES = re.compile(rf"\b(?:{_REFUSAL})")
+# Where options are offered, a plain "cannot" or "not visible" denies all of them; to "is there a dog?" it is a "no".
+_REFUSES_ALL = re.compile(
+    rf"\b(?:{_REFUSAL}|cannot|can't|can not|couldn't|could not|not (?:visible|provided|mentioned|shown|given|stated))\b"
+)
+_DOUBTS = re.compile(rf"\b(?:{_UNDECIDED}|not (?:visible|provided|mentioned|shown|given|stated))\b")
+_NEGATED = re.compile(
+    r"(?:\b(?:not|neither|nor|than|cannot|never|without)|n't)\s+(?:(?:the|an?|be|see|option|answer|choice|really|necessarily)\s+)*\(?$"
+)
+_MARKER = re.compile(r"[(\[\"']*[a-h](?:[)\].:,;]|$|\n)")
+_NEXT = re.compile(r"[\s.,;:|/-]*(?:(?:or|and)\s+)?\(?([a-h])[).:]\s*")
+_NAMED = re.compile(r"\(([A-Ha-h])\)|(?<![\w'-])([A-H])(?![\w']|-\w)")
+_LISTED = re.compile(r"(?m)^[\s>•-]*(?:(?:option|choice)\s+)?\(?([a-h])(?:[).:]|\s+-)(?=\s|$)")
+
+# --- yes and no ------------------------------------------------------------------------------------------------------
+_YES_NO = tuple(
+    (word, answer)
+    for answer, words in (
+        ("yes", ("yes", "yeah", "yep", "yup", "oui", "sí", "да", "はい", "是的", "是", "对")),
+        ("no", ("no", "nope", "nah", "nein", "non", "нет", "いいえ", "不是", "没有", "否")),
+    )
+    for word in words
+)
+_WHOLE = {
+    **dict(_YES_NO), **dict.fromkeys(("true", "correct", "right", "ja", "si", "affirmative", "y"), "yes"),
+    **dict.fromkeys(("false", "incorrect", "wrong", "negative", "n"), "no"),
+}  # fmt: skip
+_CLAUSES = re.compile(r"[.;!?\n]+|,?\s+(?:but|while|whereas|although|though|however)\s+|,\s+and\s+")
+_DENIES = re.compile(
+    r"\b(?:no|not|none|nothing|nobody|never|cannot|without|neither|nor|absent|missing|incorrect|false|untrue)\b|n't\b"
+)
+_CLAIMS = re.compile(
+    r"\b(?:is|are|was|were|am|be|has|have|had|does|do|did|can|could|will|would|shows?|contains?|includes?|depicts?|features?"
+    r"|sees?|exists?|appears?|seems?|wears?|covers?|ranges?|made)\b|'(?:s|re)\b"
+)
+_WORD = re.compile(r"[^\W_]+(?:\.\d+)?")
+_EMPTY_WORDS = frozenset(
+    "a an the is are was were am be been being has have had do does did can could will would there here it they this that"
+    " these those i we you he she in on at of to from by with for and or as any some one no not none nothing t s re m"
+    " isn aren wasn weren don doesn didn hasn haven couldn wouldn won cannot"
+    " image picture photo figure scene visible seen see shown shows show contains contain includes include present appears"
+    " appear exist exists according yes please answer so indeed actually only also".split()
+)
+
+
+_CONJUNCTIONS = frozenset(("so", "therefore", "thus", "hence", "but", "rather", "instead"))
+
+
+class Reading(NamedTuple):
+    """What was read in a reply.
+
+    Attributes:
+        answer: a letter, ``"yes"``, ``"no"``, or None.
+        rule: the name of the rule that decided; ``"nothing found"`` where none did.
+    """
+
+    answer: str | None
+    rule: str
 
 
 def choice(reply: str, options: Sequence[str]) -> str | None:
-    """The letter of the option that a reply chooses.
+    """Returns the letter of the option that a reply chooses.
 
     Args:
         reply: any text.
@@ -35,77 +186,410 @@ def choice(reply: str, options: Sequence[str]) -> str | None:
     Returns:
         ``"A"``, ``"B"``, ... or None.
     """
-    text = " ".join(reply.translate(_QUOTES).split())
+    return read_choice(reply, options).answer
+
+
+def yes_or_no(reply: str, question: str = "") -> str | None:
+    """Returns ``"yes"``, ``"no"`` or None.
+
+    Args:
+        reply: any text.
+        question: what was asked. A sentence without the word yes or no ("There is a dog", "There isn't") answers only
+            a question about the same things; without a question, the first sentence counts.
+    """
+    return read_yes_or_no(reply, question).answer
+
+
+def read_choice(reply: str, options: Sequence[str]) -> Reading:
+    """Returns the letter that :func:`choice` returns and the name of the rule that decided."""
+    offered = _offered(tuple(options))
+    bare = reply.strip(_BARE)
+    if len(bare) == 1 and (letter := bare.upper()) in offered.letters:
+        return Reading(letter, "letter alone")
+    same = offered.whole.get(bare.lower())
+    if same and len(same) == 1:
+        return Reading(offered.letters[same[0]], "option")
+    return _read(_Reply(reply, offered), CHOICE_RULES)
+
+
+def read_yes_or_no(reply: str, question: str = "") -> Reading:
+    """Returns the answer that :func:`yes_or_no` returns and the name of the rule that decided."""
+    bare = reply.strip(_BARE).lower()
+    if bare in ("yes", "no"):
+        return Reading(bare, "option")
+    return _read(_Reply(reply, _POLAR, question), YES_NO_RULES)
+
+
+class _Offered(NamedTuple):
+    """The answers that a question offers; ``letters`` is empty for yes and no."""
+
+    texts: Sequence[str]
+    letters: str
+    whole: dict[str, tuple[int, ...]]  # a text without case, emphasis and outer punctuation: the options that have it
+    forms: tuple[tuple[str, str], ...]  # words by which a sentence names an answer, the longest first
+
+
+_POLAR = _Offered((), "", {}, tuple(sorted(_YES_NO, key=lambda entry: -len(entry[0]))))
+
+
+@lru_cache(maxsize=4096)
+def _offered(options: tuple[str, ...]) -> _Offered:
     letters = LETTERS[: len(options)]
-    if (bare := text.strip(" .,:;!?()[]\"'").upper()) and bare in letters and len(bare) == 1:
-        return bare
     plain = [_plain(option) for option in options]
-    if plain.count(_plain(text)) == 1:
-        return letters[plain.index(_plain(text))]
-    upper, both = _upper(letters), letters + letters.lower()
-    stated = re.findall(
-        rf"{_STATING}(?:\(([{both}])\)|({upper})|([{letters.lower()}])(?=[.,;:!]|$))(?!\s*(?:or|and|/)\s*\(?[{both}]\b)",
-        _without(text, options),
-    )
-    if stated:
-        return "".join(stated[-1]).upper()
-    listed = {a.upper() for a in re.findall(rf"(?:^|\s)\(?([{both}])[).:](?=\s|$)", text)}
-    if first := re.match(rf"\(?([{both}])(?:[).:,](?=\s|$))|\(([{both}])\)|([{letters[1:].lower()}])(?=\s)", text):
-        return "".join(filter(None, first.groups())).upper() if len(listed) < 2 else None
-    mentioned = {
-        "".join(filter(None, m.groups())).upper()
-        for m in re.finditer(rf"\(([{both}])\)|({upper})", _without(text, options))
-        if not re.search(_NEGATED, m.string[: m.start()])
-    }
-    if mentioned:
-        return mentioned.pop() if len(mentioned) == 1 else None
-    return _by_text(_plain(text), plain, letters)
+    whole = {own: tuple(i for i, other in enumerate(plain) if other == own) for own in plain if own}
+    forms = []
+    for option, own, letter in zip(options, plain, letters, strict=True):
+        forms.append((own if plain.count(own) == 1 else _unmarked(option), letter))
+        clause = re.split("[,;:(]", own)[0].strip()  # "neither" of "neither; the samples are alike"
+        if sum(clause in other for other in plain) == 1 and clause != own:
+            forms.append((clause, letter))
+    usable = ((form, letter) for form, letter in forms if form and not (len(form) == 1 and form.isalpha()))
+    return _Offered(options, letters, whole, tuple(sorted(usable, key=lambda entry: -len(entry[0]))))
 
 
-def yes_or_no(reply: str) -> str | None:
-    """``"yes"``, ``"no"`` or None. A sentence without either word counts as no where it denies: "There isn't"."""
-    text = " ".join(reply.translate(_QUOTES).lower().split())
-    words = re.findall(r"[a-z']+", text)
-    if re.search(r"\byes (?:and|or) no\b", text):
+class _Reply:
+    """A reply prepared for the rules: its text without reasoning and emphasis, and the answers that were offered."""
+
+    def __init__(self, reply: str, offered: _Offered, question: str = "") -> None:
+        self.marked: list[str] = []
+        if "<" in reply or "{" in reply or "~~" in reply or "◁" in reply:
+            reply = _STRUCK.sub("", _REASONING.sub("", reply))
+            self.marked = [next(filter(None, groups), "") for groups in _MARKED.findall(reply)]
+        self.raw = _TEX.sub("", reply) if "\\" in reply or "$" in reply else reply
+        self.text = _lines(self.raw)
+        self.low = _lower(self.text)
+        self.offered, self.letters, self.forms, self.question = offered, offered.letters, offered.forms, question
+
+    def token(self, at: int) -> tuple[str, int] | None:
+        """The answer that stands at a place in the text, as an option's words, an ordinal or a letter, and its end."""
+        low = self.low
+        while low[at : at + 1] in (" ", '"', "'", "("):
+            at += 1
+        for start in (at, at + 2) if low.startswith("a ", at) else (at,):
+            for form, answer in self.forms:
+                if low.startswith(form, start) and _ends(low, start + len(form), form):
+                    return answer, start + len(form)
+        if not self.letters:
+            return None
+        if (found := _ORDINAL.match(low, at)) and _PLACE[found[1]] < len(self.letters):
+            return self.letters[_PLACE[found[1]]], found.end()
+        return self._letter(at)
+
+    def _letter(self, at: int) -> tuple[str, int] | None:
+        while at and self.text[at - 1] in "([{<":
+            at -= 1
+        if not (found := _LETTER.match(self.text, at)) or (letter := found[2].upper()) not in self.letters:
+            return None
+        end = found.end()
+        if own := self.own(letter, end):
+            return letter, own
+        if not found[3] and not set("([{<\"'") & set(found[1]):
+            following = self.low[end : end + 2]
+            if found[2].islower() and following.lstrip(" ")[:1] not in ("", ".", ",", ";", ":", "!", "\n"):
+                return None
+            if (
+                letter == "A"
+                and following[:1] == " "
+                and following[1:].isalnum()
+                and not _NO_ARTICLE.match(self.low, end)
+            ):
+                return None
+        return letter, end
+
+    def own(self, letter: str, at: int) -> int | None:
+        """The end of an option's text that follows the option's letter: ``B. two``."""
+        while self.low[at : at + 1] and self.low[at] in " ).:,-\"'(":
+            at += 1
+        for form, answer in self.forms:
+            if answer == letter and self.low.startswith(form, at) and _ends(self.low, at + len(form), form):
+                return at + len(form)
         return None
-    if words and words[0] in ("yes", "no") and not _REFUSAL.match(text.lstrip("\"'(.")):
-        return words[0]
-    stated = re.findall(r"\banswer(?: is|:)? \W*(yes|no)\b", text)
-    if stated:
-        return str(stated[-1])
-    if _REFUSAL.search(text):
+
+    def commits(self, at: int, *, weak: bool) -> tuple[str, int] | None:
+        """The answer at a place, unless the reply rejects it there or names another one beside it."""
+        found = self.token(at)
+        if not found or _REJECTED.match(self.low, found[1]):
+            return None
+        answer, end = found
+        if (joined := _JOINED.match(self.low, end)) and (other := self.token(joined.end())) and other[0] != answer:
+            comma = joined[1] and not _SERIES.match(self.low, other[1])
+            if not comma and not _REJECTED.match(self.low, other[1]):
+                return None
+        return None if weak and not _CLAUSE_END.match(self.low, end) else found
+
+    def stated(self, start: int = 0) -> tuple[str, int] | None:
+        """The first answer after a cue such as "the answer is", or before a praise such as "is correct"."""
+        praised = None
+        for found in _PRAISED.finditer(self.text, start) if self.letters else ():
+            if found[1] in self.letters and not self.denied(found.start()):
+                praised = found
+                break
+        for found in _CUE.finditer(self.low, start):
+            if praised and found.start() > praised.start():
+                break
+            if (found["weak"] or "") not in _CONJUNCTIONS and self.denied(found.start()):
+                continue
+            weak = found["weak"] is not None and not re.search("answer|option|choice", found[0])
+            core = found.end(found.lastgroup or 0)
+            if committed := self.commits(core, weak=weak) or self.commits(found.end(), weak=weak):
+                return committed
+        return praised and (praised[1], praised.end())
+
+    def denied(self, at: int) -> bool:
+        """Whether the words before a place deny what follows or make it a condition."""
+        return _BEFORE.search(self.low[max(0, at - 40) : at]) is not None
+
+    def corrected(self, committed: tuple[str, int] | None) -> str | None:
+        """The answer that stands after the reply's own corrections: "A... wait, B"."""
+        retracted = _RETRACTED if self.letters else _RETRACTED_POLAR
+        while committed and (found := retracted.search(self.low, committed[1])):
+            cue = _CUE.match(self.low, found.end())
+            again = self.commits(found.end(), weak=True) or (cue and self.commits(cue.end(), weak=True))
+            if not again and not found[0].strip(" .,:;!?…\n—(-").startswith(("no", "sorry")):
+                again = self.stated(found.end())
+            committed = again or (committed[0], found.end())
+        return committed and committed[0]
+
+    def lists(self) -> bool:
+        """Whether lines begin with the letters of several options."""
+        return "\n" in self.low and len({x for x in _LISTED.findall(self.low) if x.upper() in self.letters}) > 1
+
+
+Rule = Callable[[_Reply], str | None]  # an answer, "" for "no answer", None for "the next rule decides"
+
+
+def _option(reply: _Reply) -> str | None:
+    """The whole reply is an option: as it is, else without case, emphasis, quotes and punctuation at its ends."""
+    plain = _edged(reply.low)
+    if not reply.letters:
+        return _WHOLE.get(plain)
+    same = reply.offered.whole.get(plain, ())
+    if len(same) == 1:
+        return reply.letters[same[0]]
+    for form in (str.strip, _folded, _unmarked) if same else ():
+        exact = [i for i in same if form(reply.offered.texts[i]) == form(reply.raw)]
+        if exact:
+            return reply.letters[exact[0]] if len(exact) == 1 else ""
+    return "" if same else None
+
+
+def _marked(reply: _Reply) -> str | None:
+    """The last readable answer in a LaTeX box, an XML tag or a JSON field."""
+    return next(filter(None, (_part(content, reply) for content in reversed(reply.marked))), None)
+
+
+def _final(reply: _Reply) -> str | None:
+    """The last "final answer" that is an answer."""
+    if "final" not in reply.low:
         return None
-    if "yes" in words:
-        return None if "no" in words else "yes"
-    return "no" if any(w in ("no", "not") or w.endswith("n't") for w in words) else None
+    found = [reply.commits(m.end(), weak=False) for m in _FINAL.finditer(reply.low)]
+    return next((commit[0] for commit in reversed(found) if commit), None)
+
+
+def _leading(reply: _Reply) -> str | None:
+    """The reply begins with an answer that ends its clause; options listed one after the other are no answer."""
+    at = _LEAD.match(reply.low).end()  # type: ignore[union-attr]  # matches the empty string too
+    committed = reply.commits(at, weak=False)
+    if not committed:
+        return None
+    answer, end = committed
+    if not reply.letters:
+        return None if _REFUSES.match(reply.low, at) else reply.corrected(committed)
+    follows = _NEXT.match(reply.low, end)
+    other = follows and follows[1].upper()
+    if follows and other != answer and (own := reply.own(other, follows.end())) and not _REJECTED.match(reply.low, own):
+        return None
+    bare = end == at + 1 and reply.text[end : end + 2].strip().isupper()  # "B The door ..."
+    ends = bare or _CLAUSE_END.match(reply.low, end) or _MARKER.match(reply.low, at)
+    return reply.corrected(committed) if ends and not reply.lists() else None
+
+
+def _stated(reply: _Reply) -> str | None:
+    """The first answer that a sentence commits to: "the answer is B", "so B", "B is correct"."""
+    return reply.corrected(reply.stated())
+
+
+def _last_line(reply: _Reply) -> str | None:
+    """The last of several lines is an answer and nothing else."""
+    if "\n" not in reply.text:
+        return None
+    last = reply.text.rpartition("\n")[2]
+    return None if reply.lists() and _LISTED.match(last.lower()) else _part(last, reply)
+
+
+def _refusing_option(reply: _Reply) -> str | None:
+    """The reply refuses in the words of one option, or doubts where one option only is a doubt."""
+    if not _REFUSES_ALL.search(reply.low):
+        return None
+    named = _named(reply, [entry for entry in reply.forms if _REFUSES_ALL.search(entry[0])])
+    if not named and _DOUBTS.search(reply.low):
+        named = {letter for form, letter in reply.forms if _DOUBTS.search(form)}
+    return named.pop() if len(named) == 1 else None
+
+
+def _refusal(reply: _Reply) -> str | None:
+    """The reply refuses or cannot tell."""
+    return "" if (_REFUSES_ALL if reply.letters else _REFUSES).search(reply.low) else None
+
+
+def _only_letter(reply: _Reply) -> str | None:
+    """One letter is named, negations aside; an A before a noun is an article."""
+    text = reply.text
+    for option in reply.offered.texts:
+        if len(option) > 1 and re.search(rf"\b[{LETTERS}]\b", option):  # "vitamin B"
+            text = re.sub(rf"(?<!\w){re.escape(option)}(?!\w)", "", text, flags=re.IGNORECASE)
+    low, named = _lower(text), set()
+    for found in _NAMED.finditer(text):
+        letter, before = (found[1] or found[2]).upper(), low[max(0, found.start() - 40) : found.start()]
+        noun = found[2] == "A" and re.match(r"\s+\w", low[found.end() :]) and not _NO_ARTICLE.match(low, found.end())
+        if (
+            letter in reply.letters
+            and not noun
+            and not _NEGATED.search(before)
+            and not _REJECTED.match(low, found.end())
+        ):
+            named.add(letter)
+    return (named.pop() if len(named) == 1 else "") if named else None
+
+
+def _only_option(reply: _Reply) -> str | None:
+    """One option's words are used, negations aside."""
+    named = _named(reply, reply.forms)
+    return (named.pop() if len(named) == 1 else "") if named else None
+
+
+def _statement(reply: _Reply) -> str | None:
+    """A sentence about what was asked affirms ("There is a dog") or denies ("There isn't")."""
+    asked = _content(reply.question)
+    for clause in _CLAUSES.split(reply.low):
+        denies = _DENIES.search(clause)
+        if denies or _CLAIMS.search(clause):
+            told = _content(clause)
+            if not asked or _within(told, asked) or _within(asked, told):
+                return "no" if denies else "yes"
+    return None
+
+
+CHOICE_RULES: tuple[tuple[str, Rule], ...] = (
+    ("option", _option),
+    ("marked answer", _marked),
+    ("final answer", _final),
+    ("leading answer", _leading),
+    ("stated answer", _stated),
+    ("last line", _last_line),
+    ("refusing option", _refusing_option),
+    ("refusal", _refusal),
+    ("only letter named", _only_letter),
+    ("only option named", _only_option),
+)
+YES_NO_RULES: tuple[tuple[str, Rule], ...] = (
+    ("option", _option),
+    ("marked answer", _marked),
+    ("final answer", _final),
+    ("leading answer", _leading),
+    ("stated answer", _stated),
+    ("last line", _last_line),
+    ("refusal", _refusal),
+    ("only option named", _only_option),
+    ("statement", _statement),
+)
+
+
+def _read(reply: _Reply, rules: Sequence[tuple[str, Rule]]) -> Reading:
+    if not reply.low:
+        return Reading(None, "empty")
+    for name, rule in rules:
+        answer = rule(reply)
+        if answer is not None:
+            return Reading(answer or None, name)
+    return Reading(None, "nothing found")
+
+
+def _part(content: str, reply: _Reply) -> str | None:
+    """The answer that a part of a reply is, without a sentence around it."""
+    bare = content.strip(_BARE).upper()
+    if len(bare) == 1 and bare in reply.letters:
+        return bare
+    part = _Reply(content, reply.offered)
+    return _option(part) or (_leading(part) if reply.letters and part.low else None)
+
+
+def _lines(text: str) -> str:
+    """The text without emphasis, with single spaces; lines stay apart."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text).translate(_SIGNS)
+    for sign in "*_`#":
+        if sign in text:
+            text = text.replace(sign, " ")
+    if "\n" not in text:
+        return " ".join(text.split())
+    return "\n".join(filter(None, (" ".join(line.split()) for line in text.split("\n"))))
+
+
+def _lower(text: str) -> str:
+    """The text in lower case, with every character in its place."""
+    low = text.lower()
+    return low if len(low) == len(text) else "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _unmarked(text: str) -> str:
+    return _folded(_lines(text)).strip(" .\"'")
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.translate(_QUOTES).lower().split()).strip(" .,:;!?()[]\"'")
+    return _edged(_lower(_lines(text)))
 
 
-def _upper(letters: str) -> str:
-    """A capital that stands alone; an A before a lower-case word is an article, unless a verb or the like follows."""
-    article = r"A(?!\s+(?!(?:is|because|since|as|but|and|or|with|for)\b)[a-z])"
-    return rf"(?<![\w'-])(?:[{letters[1:]}]|{article})(?![\w']|-\w)"
+def _edged(low: str) -> str:
+    low = low.replace("\n", " ")
+    return low.strip(" .,:;!?()[]\"'") or low
 
 
-def _without(text: str, options: Sequence[str]) -> str:
-    """The reply without options' texts that hold such a capital themselves ("vitamin B")."""
-    for option in options:
-        if len(option) > 1 and re.search(rf"\b[{LETTERS}]\b", option):
-            text = re.sub(rf"(?<!\w){re.escape(option)}(?!\w)", "", text, flags=re.IGNORECASE)
-    return text
+def _ends(low: str, end: int, form: str) -> bool:
+    """Whether a word ends at a place: "open" in "open." but not in "opened", "3" in "3." but not in "3.5"."""
+    if end >= len(low) or not form[-1].isalnum():
+        return True
+    sign, following = low[end], low[end + 1 : end + 2]
+    if sign.isalnum():
+        return not sign.isascii() and form[-1].isascii()
+    if sign in ".,:/":
+        return not (following.isdigit() and form[-1].isdigit())
+    return sign not in "-'" or not following.isalnum()
 
 
-def _by_text(text: str, options: Sequence[str], letters: str) -> str | None:
-    """The letter of the one option whose words the reply uses."""
-    if _REFUSAL.search(text):
-        return None
-    used = []
-    for letter, option in zip(letters, options, strict=True):
-        places = re.finditer(rf"(?<!\w){re.escape(option)}(?!\w)", text) if option else ()
-        if any(not re.search(_NEGATED, text[: m.start()]) for m in places):
-            used.append((letter, option))
-    used = [(x, option) for x, option in used if not any(option != o and option in o for _, o in used)]
-    return used[0][0] if len(used) == 1 else None
+def _named(reply: _Reply, forms: Sequence[tuple[str, str]]) -> set[str]:
+    """The answers whose words a reply uses without negation; a longer form hides the shorter ones inside it."""
+    named: set[str] = set()
+    taken: list[tuple[int, int]] = []
+    low = reply.low
+    for form, answer in forms:
+        at = low.find(form)
+        while at >= 0:
+            end = at + len(form)
+            whole = (at == 0 or not low[at - 1].isalnum()) and _ends(low, end, form)
+            if whole and not any(start <= at and end <= stop for start, stop in taken):
+                taken.append((at, end))
+                # "no" before a noun ("no dog") is read with its sentence, by the statement rule.
+                noun = not reply.letters and answer == "no" and re.match(r"\s+\w", low[end:])
+                if not noun and not _NEGATED.search(low[max(0, at - 40) : at]) and not _REJECTED.match(low, end):
+                    named.add(answer)
+            at = low.find(form, end)
+    return named
+
+
+def _content(text: str) -> set[str]:
+    return set(_WORD.findall(text.lower())) - _EMPTY_WORDS
+
+
+def _within(words: set[str], others: set[str]) -> bool:
+    """Whether all words are among the others, endings aside ("dogs" and "dog")."""
+    stems = {stem for other in others for stem in _stems(other)}
+    return all(not stems.isdisjoint(_stems(word)) for word in words)
+
+
+def _stems(word: str) -> set[str]:
+    return {word, *(word.removesuffix(ending) for ending in ("s", "es", "ed", "ing") if len(word) > len(ending) + 2)}
