@@ -110,10 +110,10 @@ def lmms_mme(reply: str) -> str | None:
 
 def vlmevalkit_yes_no(reply: str) -> str | None:
     """VLMEvalKit before its judge: one of the two words and not the other, signs (but no asterisks) aside."""
-    words = reply.lower()
-    for sign in ";/[]\"{}()=+\\_-><@`,?!":
-        words = words.replace(sign, "" if sign + " " in words or " " + sign in words else " ")
-    words = re.sub(r"\.(?!\d)", "", words)
+    words = low = reply.lower()
+    for sign in ';/[]"{}()=+\\_-><@`,?!':
+        words = words.replace(sign, "" if sign + " " in low or " " + sign in low else " ")
+    words = re.sub(r"(?<!\d)\.(?!\d)", "", words)
     found = {"yes", "no"} & set(words.split())
     return found.pop() if len(found) == 1 else None
 

@@ -1,77 +1,328 @@
-"""What replies in free words are read as."""
+"""What generated replies are read as: a table of replies, other readers beside ours, real questions, and properties."""
 
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import other_readers
 import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
 
-from llava_genhancer.evaluate.mllm.answers import choice, yes_or_no
-
-ONE_TWO = ("one", "two")
-SAY_B = (
-    "B", "b", "B.", "(B)", "(b)", "<B>", "**B**", '"B"', "B)", "B:", "B. two", "B) two", "b) two", "(b) two", "b two",
-    "B two", "B: two", "B, because it is", "The answer is (B).", "The answer is B.", "the answer is b.", "Answer: B",
-    "ANSWER: B", "Final answer: **B**", "The answer is:\n\nB", "The correct answer is B", "The correct option is: B.",
-    "Option B", "I choose B.", "so B", "So, the answer is B.", "Therefore, it is B", "Camera is B",
-    "I think B is right", "It is (b)", "A is wrong, so B.", "Option A is wrong; the answer is B", "not A but B",
-    "two", "Two.", "It is two", "It's not one, it's two",
-)  # fmt: skip
-SAY_A = ("A", "a", "A.", "(a) one", "a) one", "a. one", "Camera is A", "A is right", "A because", "The answer is A")
-SAY_NOTHING = (
-    "", "   ", "I cannot tell.", "Sorry, I can't see two", "I'm not sure whether it is one or two",
-    "As an AI, I cannot", "A dog stands there", "Based on a picture", "the answer is a dog", "This is a bat.", "C",
-    "A or B", "Both A and B", "Neither A nor B", "A. one B. two", "The answer is A or B", "It could be one or two",
-    "Not B", "The answer is not B",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("reply", SAY_B)
-def test_second_option(reply: str) -> None:
-    assert choice(reply, ONE_TWO) == "B"
-
-
-@pytest.mark.parametrize("reply", SAY_A)
-def test_first_option(reply: str) -> None:
-    assert choice(reply, ONE_TWO) == "A"
-
-
-@pytest.mark.parametrize("reply", SAY_NOTHING)
-def test_no_option(reply: str) -> None:
-    assert choice(reply, ONE_TWO) is None
-
-
-@pytest.mark.parametrize(
-    ("reply", "options", "letter"),
-    [
-        ("It is vitamin C.", ("Vitamin A", "Vitamin C"), "B"),
-        ("Vitamin C", ("Vitamin A", "Vitamin C"), "B"),
-        ("not open", ("open", "not open"), "B"),
-        ("It's not open", ("open", "closed"), None),
-        ("Yes.", ("Yes", "No"), "A"),
-        ("No, it isn't", ("Yes", "No"), "B"),
-        ("There are 3 of them", ("2", "3", "13"), "B"),
-        ("(E)", ("1", "2", "3", "4", "5"), "E"),
-        ("E", ("1", "2"), None),
-        ("blue", ("red", "green", "blue"), "C"),
-    ],
+from llava_genhancer.evaluate.mllm.answers import (
+    CHOICE_RULES,
+    LETTERS,
+    YES_NO_RULES,
+    Reading,
+    choice,
+    read_choice,
+    read_yes_or_no,
+    yes_or_no,
 )
-def test_options_of_every_kind(reply: str, options: tuple[str, ...], letter: str | None) -> None:
-    assert choice(reply, options) == letter
+
+QUESTIONS: dict[str, tuple[str, ...] | str] = {
+    "door": ("Open", "Closed"),
+    "notopen": ("open", "not open"),
+    "side": ("left", "right"),
+    "count": ("2", "3", "13"),
+    "cars": ("a red car", "a blue car", "a bicycle", "a bus"),
+    "vitamin": ("Vitamin A", "Vitamin C"),
+    "samples": ("sample A", "sample B", "neither; the samples have the same temperature"),
+    "colour": ("Red", "Blue", "Not specified"),
+    "visible": ("It is visible", "It is not visible"),
+    "undecided": ("Yes", "No", "Cannot be determined"),
+    "above": ("cat", "dog", "None of the above"),
+    "yesno": ("Yes, it is", "No, it is not"),
+    "easter": ("Happy Easter", "Happy Easter!"),
+    "dog": "Is there a dog in the image?",
+    "land": "Is China the third largest country by land area in the world?",
+}
+# Why another reader's answer differs. "form": it finds no answer in this wording, or guesses one at random.
+REASONS = {
+    "lmms_mmvp": {
+        "form": "its five patterns know letters only, with few signs around them",
+        "any": "takes an A or B wherever one stands, an article and a rejected letter too, A before B",
+    },
+    "lmms_cv_bench": {
+        "form": "reads nothing unless the reply begins with a letter of the alphabet",
+        "first": "takes the first letter of any word, offered or not, and nothing after it",
+    },
+    "lmms_naturalbench": {
+        "form": "knows letters and the words yes and no only",
+        "first": "takes the first of the two that it finds, an article, a rejected letter and 'no image' too",
+    },
+    "lmms_scienceqa": {
+        "form": "reads a lone letter and 'B. ...' only",
+        "first": "takes the first letter before a full stop, corrected or one of a list too",
+    },
+    "lmms_mmmu": {
+        "form": "knows capitals with a space, a bracket or a full stop; otherwise it guesses",
+        "last": "takes the last letter or text that it finds, a rejected one too",
+    },
+    "lmms_mmbench": {
+        "form": "knows capitals with few signs around them, or one option's exact text",
+        "one": "takes the one letter or text that it finds, also where it is denied, rejected or not offered",
+    },
+    "llava_scienceqa": {
+        "form": "reads a lone capital, 'B. ...' and 'The answer is B.' only",
+        "first": "keeps what it finds in those forms: corrected answers, two of them, the first letter of a word",
+    },
+    "vlmevalkit": {
+        "form": "leaves these to its judge",
+        "one": "takes the one letter, word or text that it finds, also where it is denied or corrected",
+    },
+    "lmms_pope": {"form": "compares the whole reply with the truth: a full stop is wrong"},
+    "lmms_mme": {
+        "form": "looks at the first four characters only",
+        "start": "finds 'yes' or 'no' among the first four characters of anything",
+    },
+    "pope_script": {
+        "words": "says no for the words 'No', 'no' and 'not' in the first sentence, and yes to anything else"
+    },
+}
 
 
-@pytest.mark.parametrize("reply", ["Yes", "yes.", "YES", "**Yes**", "(Yes)", "Yes, there is.", "The answer is yes."])
-def test_yes(reply: str) -> None:
-    assert yes_or_no(reply) == "yes"
+class Row(NamedTuple):
+    question: str
+    reply: str
+    answer: str | None
+    rule: str
+    why: str
+    differs: dict[str, str]
 
 
-@pytest.mark.parametrize(
-    "reply", ["No", "no.", "No, I cannot see one", "Answer: No", "There is no dog", "There isn't a dog", "It is not"]
-)
-def test_no(reply: str) -> None:
-    assert yes_or_no(reply) == "no"
+def table() -> list[Row]:
+    lines = (Path(__file__).parent / "replies.tsv").read_text(encoding="utf-8").splitlines()
+    rows = []
+    for line in lines[3:]:
+        question, reply, answer, rule, why, differs = line.split("\t")
+        reasons = dict(entry.split(":") for entry in differs.split() if entry != "-")
+        rows.append(Row(question, json.loads(reply), None if answer == "-" else answer, rule, why, reasons))
+    return rows
 
 
-@pytest.mark.parametrize(
-    "reply",
-    ["", "There is a dog", "I don't know", "Not sure", "I cannot tell", "No way to tell",
-     "Sorry, I cannot say yes or no", "Yes and no", "noted", "eyes"],
+def read(question: tuple[str, ...] | str, reply: str) -> Reading:
+    return read_yes_or_no(reply, question) if isinstance(question, str) else read_choice(reply, question)
+
+
+@pytest.mark.parametrize("row", table(), ids=lambda row: f"{row.question}-{row.reply[:40]!r}")
+def test_reply(row: Row) -> None:
+    assert read(QUESTIONS[row.question], row.reply) == (row.answer, row.rule), row.why
+
+
+def test_the_table_is_whole() -> None:
+    rows = table()
+    assert len({(row.question, row.reply) for row in rows}) == len(rows) >= 150
+    assert {row.question for row in rows} == set(QUESTIONS)
+    named = {name for name, _ in (*CHOICE_RULES, *YES_NO_RULES)} | {"letter alone", "empty", "nothing found"}
+    assert {row.rule for row in rows} == named
+
+
+def test_other_readers_differ_where_the_table_says_so() -> None:
+    """A disagreement without its reason, or a reason without its disagreement, fails."""
+    for row in table():
+        offered = QUESTIONS[row.question]
+        found: dict[str, str | None] = {}
+        if isinstance(offered, str):
+            found = {name: reader(row.reply) for name, reader in other_readers.YES_NO.items()}
+        else:
+            found = {name: reader(row.reply, offered) for name, reader in other_readers.CHOICE.items()}
+            if len(offered) != 2:
+                del found["lmms_naturalbench"]  # its letters are A and B
+        for name, answer in found.items():
+            reason = row.differs.get(name)
+            assert (answer != row.answer) == (reason is not None), (row, name, answer)
+            assert reason is None or (reason in REASONS[name] and (reason == "form") == (answer is None)), (row, name)
+        assert set(row.differs) <= set(found)
+
+
+# --- real questions --------------------------------------------------------------------------------------------------
+DATA = Path(os.environ.get("LLAVA_GENHANCER_TEST_DATA") or Path(__file__).parents[3] / "shared" / "data")
+needs = pytest.mark.skipif(not (DATA / "HallusionBench.json").exists(), reason="no LLAVA_GENHANCER_TEST_DATA")
+# {X}: the right letter, {x}: in lower case, {T}: its text, {Y} and {U}: another option's letter and text.
+FORMS = (
+    "{X}", "{x}", "({x})", "{X}.", "**{X}**", "{X}. {T}", "({X}) {T}", "{T}", "{T}.", "Answer: {X}", "The answer is {X}.",
+    "The answer is ({x}) {T}.", "The correct answer is {X}. Option {Y} is incorrect.", "{X}\n\nOption {Y} is wrong.",
+    "{X}. {T}. Option {Y} does not match.", "{X}. {T}\n\n{Y}. {U} does not match the image.",
+    "The correct answer is {T}. {U} is incorrect.", "Option {X} is correct, option {Y} is not.",
+    "Not {Y} but {X}", "{Y}... wait, {X}", "I can't be sure, but the answer is {X}.", "\\boxed{{{X}}}",
+    '{{"answer": "{X}"}}', "<think>{Y}? The answer is {Y}.</think>{X}", "<answer>{X}</answer>",
+    "Let me look at the image.\nThe answer is {X}.\nOption {Y} would need more.",
 )  # fmt: skip
-def test_neither(reply: str) -> None:
-    assert yes_or_no(reply) is None
+
+
+def real_options() -> list[tuple[str, ...]]:
+    """MMVP-like pairs of two real answers, and all objects of POPE in fours."""
+    hallusion = json.loads((DATA / "HallusionBench.json").read_text())
+    texts = sorted({row["gt_answer_details"].strip() for row in hallusion if row["gt_answer_details"]})
+    objects = sorted({re.split(r"(?:Is there an? | in the im)", row["text"])[1] for row in pope()})
+    pairs = [
+        pair for pair in zip(texts[::2], texts[1::2], strict=False) if len({t.strip(" .?!").lower() for t in pair}) == 2
+    ]
+    return pairs + [tuple(objects[i : i + 4]) for i in range(0, len(objects) - 3, 2)]
+
+
+def pope() -> list[dict[str, str]]:
+    return [json.loads(line) for line in (DATA / "coco_pope_adversarial.json").read_text().splitlines()]
+
+
+@needs
+def test_forms_on_real_options() -> None:
+    wrong = []
+    for options in real_options():
+        for i, text in enumerate(options):
+            other = (i + 1) % len(options)
+            for form in FORMS:
+                reply = form.format(X=LETTERS[i], x=LETTERS[i].lower(), T=text, Y=LETTERS[other], U=options[other])
+                if choice(reply, options) != LETTERS[i]:
+                    wrong.append((options, reply, LETTERS[i], read_choice(reply, options)))
+    assert not wrong, (len(wrong), wrong[:5])
+
+
+@needs
+def test_sentences_on_real_objects() -> None:
+    """POPE's questions answered in sentences; its own script reads those without a contraction alike."""
+    for row in pope():
+        thing = re.split(r"(?:Is there | in the im)", row["text"])[1]
+        yes = (
+            f"There is {thing} in the image.",
+            f"Yes, there is {thing}.",
+            f"The image shows {thing}.",
+            f"I can see {thing}.",
+        )
+        no = (
+            f"There is no {thing.split(' ', 1)[1]} in the image.",
+            f"No, there is not {thing}.",
+            f"There is not {thing}.",
+        )
+        for answer, replies in (
+            ("yes", yes),
+            ("no", (*no, f"There isn't {thing} in the image.", f"I don't see {thing}.")),
+        ):
+            for reply in replies:
+                assert yes_or_no(reply, row["text"]) == answer, (row, reply)
+                assert yes_or_no(reply) == answer, reply
+        assert all(other_readers.pope_script(reply) == "yes" for reply in yes)
+        assert all(other_readers.pope_script(reply) == "no" for reply in no)
+
+
+@needs
+def test_real_reference_answers() -> None:
+    """HallusionBench's own answers in words: those that begin with yes or no are read so, and none as the opposite."""
+    rows = [row for row in json.loads((DATA / "HallusionBench.json").read_text()) if row["gt_answer_details"]]
+    for row in rows:
+        words, truth = row["gt_answer_details"], "yes" if row["gt_answer"] == "1" else "no"
+        if first := re.match(r"(?i)(yes|no)\b", words):
+            assert yes_or_no(words, row["question"]) == first[1].lower(), words
+        assert yes_or_no(f"{truth}, {words}", row["question"]) == truth
+
+
+# --- properties ------------------------------------------------------------------------------------------------------
+words = st.from_regex(r"[A-Za-z][a-z]{2,9}( [a-z]{3,9}){0,3}", fullmatch=True)
+option_lists = st.lists(words, min_size=2, max_size=5, unique_by=str.lower)
+explanations = st.lists(
+    st.sampled_from(
+        ("Option {Y} is wrong.", "{Y} does not match.", "Note that {Y} is a distractor.", "The other options do not fit.",
+         "({Y}) {U} is incorrect.", "I cannot see {U} here.", "{U} would look different.", "It is not {U}.",
+         "Unlike {Y}, it fits the image.", "So {Y} cannot be right.", "This is clear from the image.", "Option {Y} shows {U}.")
+    ),
+    max_size=3,
+)  # fmt: skip
+commitments = st.sampled_from(
+    ("{X}.", "({X}) ", "{X}. {T}.", "{X}\n\n", "The answer is {X}.", "The correct answer is {X}. {T}.", "**{X}**.", "Answer: {X}\n",
+     "Option {X}.", "({x}) {T}.", "The answer is {T}.", "I choose {X}.", "{T}.", "So the answer is ({X}).")
+)  # fmt: skip
+
+
+def fill(form: str, options: Sequence[str], right: int, other: int) -> str:
+    return form.format(X=LETTERS[right], x=LETTERS[right].lower(), T=options[right], Y=LETTERS[other], U=options[other])
+
+
+def apart(options: Sequence[str]) -> bool:
+    """No option's words inside another's, none that the sentences around them use."""
+    used = set(re.findall(r"[a-z']+", " ".join((*map(str.lower, FORMS), "not cannot see here but no so is it wait"))))
+    lists = [set(option.lower().split()) for option in options]
+    return not any(a & b for i, a in enumerate(lists) for b in lists[:i]) and not any(x & used for x in lists)
+
+
+@settings(max_examples=400, deadline=None)
+@given(option_lists, st.data(), commitments, explanations, st.sampled_from((" ", "\n", "\n\n")))
+def test_the_first_committed_answer_counts(
+    options: list[str], data: st.DataObject, commitment: str, explained: list[str], between: str
+) -> None:
+    assume(apart(options))
+    right, other = data.draw(st.permutations(range(len(options))))[:2]
+    reply = between.join(fill(form, options, right, other) for form in (commitment, *explained))
+    assert choice(reply, options) == LETTERS[right], (reply, read_choice(reply, options))
+
+
+texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=25).map(str.strip)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(texts.filter(bool), min_size=2, max_size=5, unique=True))
+@example(["Happy Easter", "Happy Easter!"])
+@example(["<", ">", "="])
+@example(["-3", "3"])
+@example(["neither; the samples are alike", "Not specified"])
+@example(["US", "us"])
+def test_an_option_s_own_text_is_that_option(options: list[str]) -> None:
+    """A single letter is read as the option's letter, since letters are asked for."""
+    for letter, option in zip(LETTERS, options, strict=False):
+        alone = option.strip(" .,:;!?()[]<>\"'*_`#-").upper()
+        assume(not (len(alone) == 1 and alone in LETTERS))
+        assert choice(option, options) == letter
+        assert choice(f" {option}\n", options) == letter
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    option_lists,
+    st.data(),
+    commitments,
+    st.sampled_from(("{}", "**{}**", "*{}*", "{}  ", " {}\n", "{}.", "`{}`", "__{}__")),
+)
+def test_case_emphasis_and_full_stops_change_nothing(
+    options: list[str], data: st.DataObject, form: str, around: str
+) -> None:
+    assume(apart(options))
+    right, other = data.draw(st.permutations(range(len(options))))[:2]
+    reply = around.format(fill(form, options, right, other))
+    for variant in (reply, reply.upper(), re.sub(r"[A-Za-z]{2,}", lambda m: m[0].lower(), reply)):
+        assert choice(variant, options) == LETTERS[right], (variant, read_choice(variant, options))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from([row for row in table() if isinstance(QUESTIONS[row.question], str)]),
+    st.sampled_from(("upper", "lower")),
+)
+def test_case_of_a_yes_or_no(row: Row, case: str) -> None:
+    """Tags, LaTeX and JSON keys aside, which have a case of their own."""
+    assert read(QUESTIONS[row.question], getattr(row.reply, case)()).answer == row.answer
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text(max_size=80), st.lists(st.text(max_size=12), min_size=1, max_size=8))
+def test_any_text_is_read(reply: str, options: list[str]) -> None:
+    answer = choice(reply, options)
+    assert answer is None or answer in LETTERS[: len(options)]
+    assert yes_or_no(reply, options[0]) in ("yes", "no", None)
+
+
+def test_speed() -> None:
+    """The table's replies, which are longer than a benchmark's, on a loaded core; benchmarks/answers.py measures."""
+    rows = [(QUESTIONS[row.question], row.reply) for row in table()]
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        for question, reply in rows:
+            read(question, reply)
+        best = min(best, time.perf_counter() - start)
+    assert len(rows) / best > 4000

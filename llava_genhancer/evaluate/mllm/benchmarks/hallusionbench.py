@@ -48,7 +48,7 @@ def target(doc: Mapping[str, Any]) -> str:
 
 
 def process(doc: Mapping[str, Any], replies: Sequence[str]) -> dict[str, Item]:
-    answer = yes_or_no(replies[0])
+    answer = yes_or_no(replies[0], doc["question"])
     item = {
         "set": "/".join(str(doc[column]) for column in _SET),
         "figure": str(doc["figure_id"]),

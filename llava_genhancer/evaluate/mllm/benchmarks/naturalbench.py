@@ -43,7 +43,7 @@ def target(doc: Mapping[str, Any]) -> str:
 
 def process(doc: Mapping[str, Any], replies: Sequence[str]) -> dict[str, Item]:
     if doc["Question_Type"] == "yes_no":
-        word = yes_or_no(replies[0])
+        word = yes_or_no(replies[0], doc["Question"])
         answer = word and word.capitalize()
     else:
         answer = choice(replies[0], choices(doc))

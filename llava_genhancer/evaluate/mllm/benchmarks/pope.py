@@ -35,7 +35,7 @@ def target(doc: Mapping[str, Any]) -> str:
 
 
 def process(doc: Mapping[str, Any], replies: Sequence[str]) -> dict[str, Item]:
-    answer, truth = yes_or_no(replies[0]), target(doc)
+    answer, truth = yes_or_no(replies[0], doc["question"]), target(doc)
     item = {"answer": answer, "truth": truth, "right": answer == truth}
     category = str(doc["category"]).lower()
     if category not in CATEGORIES:
