@@ -78,7 +78,7 @@ _NO_ARTICLE = re.compile(
     r"|seems|looks|appears|shows|has|does|did|must|best|rather|over|contains|depicts|describes)\b"
 )
 _REJECTED = re.compile(
-    r"""(?x) [)\]"':,]*\s*(?:\([^)\n]*\)\s*)? (?: cannot\b|can't\b|不 |
+    r"""(?x) [)\]"':,?!]*\s*(?:\([^)\n]*\)\s*)? (?: cannot\b|can't\b|不 |
     (?:is|are|was|does|do|did|could|would|should|has|seems?|looks?|appears?)
     (?: n't | \s+(?:(?:also|clearly|definitely|probably|obviously|simply|the|therefore)\s+)*
       (?:not|incorrect|inaccurate|invalid|wrong|false|untrue|unlikely|less|impossible|out|eliminated|excluded|ruled)\b ))"""
@@ -206,7 +206,7 @@ def read_choice(reply: str, options: Sequence[str]) -> Reading:
     bare = reply.strip(_BARE)
     if len(bare) == 1 and (letter := bare.upper()) in offered.letters:
         return Reading(letter, "letter alone")
-    same = offered.whole.get(bare.lower())
+    same = offered.exact.get(reply.strip()) or offered.whole.get(bare.lower())
     if same and len(same) == 1:
         return Reading(offered.letters[same[0]], "option")
     return _read(_Reply(reply, offered), CHOICE_RULES)
@@ -225,18 +225,22 @@ class _Offered(NamedTuple):
 
     texts: Sequence[str]
     letters: str
+    exact: dict[str, tuple[int, ...]]  # an option's text: the options that have it
     whole: dict[str, tuple[int, ...]]  # a text without case, emphasis and outer punctuation: the options that have it
     forms: tuple[tuple[str, str], ...]  # words by which a sentence names an answer, the longest first
 
 
-_POLAR = _Offered((), "", {}, tuple(sorted(_YES_NO, key=lambda entry: -len(entry[0]))))
+_POLAR = _Offered((), "", {}, {}, tuple(sorted(_YES_NO, key=lambda entry: -len(entry[0]))))
 
 
 @lru_cache(maxsize=4096)
 def _offered(options: tuple[str, ...]) -> _Offered:
     letters = LETTERS[: len(options)]
     plain = [_plain(option) for option in options]
-    whole = {own: tuple(i for i, other in enumerate(plain) if other == own) for own in plain if own}
+    exact, whole = (
+        {own: tuple(i for i, other in enumerate(texts) if other == own) for own in texts if own}
+        for texts in ([option.strip() for option in options], plain)
+    )
     forms = []
     for option, own, letter in zip(options, plain, letters, strict=True):
         forms.append((own if plain.count(own) == 1 else _unmarked(option), letter))
@@ -244,7 +248,7 @@ def _offered(options: tuple[str, ...]) -> _Offered:
         if sum(clause in other for other in plain) == 1 and clause != own:
             forms.append((clause, letter))
     usable = ((form, letter) for form, letter in forms if form and not (len(form) == 1 and form.isalpha()))
-    return _Offered(options, letters, whole, tuple(sorted(usable, key=lambda entry: -len(entry[0]))))
+    return _Offered(options, letters, exact, whole, tuple(sorted(usable, key=lambda entry: -len(entry[0]))))
 
 
 class _Reply:
@@ -352,7 +356,14 @@ class _Reply:
 
     def lists(self) -> bool:
         """Whether lines begin with the letters of several options."""
-        return "\n" in self.low and len({x for x in _LISTED.findall(self.low) if x.upper() in self.letters}) > 1
+        if "\n" not in self.low:
+            return False
+        listed = set()
+        for found in _LISTED.finditer(self.low):
+            letter = found[1].upper()
+            if letter in self.letters and not _REJECTED.match(self.low, self.own(letter, found.end()) or found.end()):
+                listed.add(letter)
+        return len(listed) > 1
 
 
 Rule = Callable[[_Reply], str | None]  # an answer, "" for "no answer", None for "the next rule decides"
@@ -520,7 +531,7 @@ def _lines(text: str) -> str:
         text = unicodedata.normalize("NFKC", text).translate(_SIGNS)
     for sign in "*_`#":
         if sign in text:
-            text = text.replace(sign, " ")
+            text = text.replace(sign, "")
     if "\n" not in text:
         return " ".join(text.split())
     return "\n".join(filter(None, (" ".join(line.split()) for line in text.split("\n"))))
