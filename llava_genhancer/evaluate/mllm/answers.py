@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 LETTERS = "ABCDEFGH"
@@ -53,6 +53,13 @@ _CUE = re.compile(
           |think|believe|guess|say|probably|likely|maybe|perhaps|possibly|but|rather|instead)\b )
     ) {_FILLERS}"""
 )
+# Every cue in plain letters begins with one of these words.
+_MAY_STATE = frozenset(
+    "answer option choice response selection antwort respuesta risposta resposta choose chose pick picked select selected go"
+    " going opt elijo so therefore thus hence it's it that's that this think believe guess say probably likely maybe perhaps"
+    " possibly but rather instead".split()
+)
+_NAMES_ANSWER = re.compile("answer|option|choice")
 _FINAL = re.compile(rf"\bfinal\s+(?:answer|choice){_LINK}{_FILLERS}")
 _AFFIRMED = (
     r"\s+(?:is|was|seems?|looks?|appears?|would be|must be)\s+(?:to be\s+)?(?:(?:the|clearly|more|most|also|indeed|definitely)\s+)*"
@@ -121,12 +128,19 @@ _REFUSES = re.compile(rf"\b(?:{_REFUSAL})")
 _REFUSES_ALL = re.compile(
     rf"\b(?:{_REFUSAL}|cannot|can't|can not|couldn't|could not|not (?:visible|provided|mentioned|shown|given|stated))\b"
 )
+# Every refusal has one of these words, which are looked up before the long pattern is tried.
+_MAY_REFUSE = frozenset(
+    "cannot can't not couldn't unable impossible no hard difficult insufficient unclear unknown undetermined indeterminate"
+    " unsure don't doesn't didn't depends sorry apologize apologise apologies ai language text neither none without lack isn't"
+    " wasn't aren't weren't hasn't haven't please kindly could too determinable".split()
+)
 _DOUBTS = re.compile(rf"\b(?:{_UNDECIDED}|not (?:visible|provided|mentioned|shown|given|stated))\b")
 _NEGATED = re.compile(
     r"(?:\b(?:not|neither|nor|than|cannot|never|without)|n't)\s+(?:(?:the|an?|be|see|option|answer|choice|really|necessarily)\s+)*\(?$"
 )
 _MARKER = re.compile(r"[(\[\"']*[a-h](?:[)\].:,;]|$|\n)")
 _NEXT = re.compile(r"[\s.,;:|/-]*(?:(?:or|and)\s+)?\(?([a-h])[).:]\s*")
+_NEXT_WORD = re.compile(r"\s+\w")
 _NAMED = re.compile(r"\(([A-Ha-h])\)|(?<![\w'-])([A-H])(?![\w']|-\w)")
 _LISTED = re.compile(r"(?m)^[\s>•-]*(?:(?:option|choice)\s+)?\(?([a-h])(?:[).:]|\s+-)(?=\s|$)")
 
@@ -151,6 +165,7 @@ _CLAIMS = re.compile(
     r"\b(?:is|are|was|were|am|be|has|have|had|does|do|did|can|could|will|would|shows?|contains?|includes?|depicts?|features?"
     r"|sees?|exists?|appears?|seems?|wears?|covers?|ranges?|made)\b|'(?:s|re)\b"
 )
+_PLAIN_WORD = re.compile("[a-z']+")
 _WORD = re.compile(r"[^\W_]+(?:\.\d+)?")
 _EMPTY_WORDS = frozenset(
     "a an the is are was were am be been being has have had do does did can could will would there here it they this that"
@@ -227,10 +242,11 @@ class _Offered(NamedTuple):
     letters: str
     exact: dict[str, tuple[int, ...]]  # an option's text: the options that have it
     whole: dict[str, tuple[int, ...]]  # a text without case, emphasis and outer punctuation: the options that have it
+    lettered: tuple[re.Pattern[str], ...]  # the texts that hold a letter of their own: "vitamin B"
     forms: tuple[tuple[str, str], ...]  # words by which a sentence names an answer, the longest first
 
 
-_POLAR = _Offered((), "", {}, {}, tuple(sorted(_YES_NO, key=lambda entry: -len(entry[0]))))
+_POLAR = _Offered((), "", {}, {}, (), tuple(sorted(_YES_NO, key=lambda entry: -len(entry[0]))))
 
 
 @lru_cache(maxsize=4096)
@@ -241,14 +257,21 @@ def _offered(options: tuple[str, ...]) -> _Offered:
         {own: tuple(i for i, other in enumerate(texts) if other == own) for own in texts if own}
         for texts in ([option.strip() for option in options], plain)
     )
+    for own, same in list(whole.items()) if len(whole) == len(plain) else ():
+        letter = letters[same[0]].lower()
+        whole.update(dict.fromkeys((f"{letter}. {own}", f"{letter}) {own}", f"{letter}: {own}", f"{letter} {own}"), same))
     forms = []
     for option, own, letter in zip(options, plain, letters, strict=True):
         forms.append((own if plain.count(own) == 1 else _unmarked(option), letter))
         clause = re.split("[,;:(]", own)[0].strip()  # "neither" of "neither; the samples are alike"
         if sum(clause in other for other in plain) == 1 and clause != own:
             forms.append((clause, letter))
+    lettered = tuple(
+        re.compile(rf"(?<!\w){re.escape(option)}(?!\w)", re.IGNORECASE)
+        for option in options if len(option) > 1 and re.search(rf"\b[{LETTERS}]\b", option)
+    )  # fmt: skip
     usable = ((form, letter) for form, letter in forms if form and not (len(form) == 1 and form.isalpha()))
-    return _Offered(options, letters, exact, whole, tuple(sorted(usable, key=lambda entry: -len(entry[0]))))
+    return _Offered(options, letters, exact, whole, lettered, tuple(sorted(usable, key=lambda entry: -len(entry[0]))))
 
 
 class _Reply:
@@ -263,6 +286,15 @@ class _Reply:
         self.text = _lines(self.raw)
         self.low = _lower(self.text)
         self.offered, self.letters, self.forms, self.question = offered, offered.letters, offered.forms, question
+
+    @cached_property
+    def words(self) -> set[str]:
+        return set(_PLAIN_WORD.findall(self.low))
+
+    @cached_property
+    def refuses(self) -> bool:
+        pattern = _REFUSES_ALL if self.letters else _REFUSES
+        return not _MAY_REFUSE.isdisjoint(self.words) and pattern.search(self.low) is not None
 
     def token(self, at: int) -> tuple[str, int] | None:
         """The answer that stands at a place in the text, as an option's words, an ordinal or a letter, and its end."""
@@ -328,14 +360,18 @@ class _Reply:
             if found[1] in self.letters and not self.denied(found.start()):
                 praised = found
                 break
-        for found in _CUE.finditer(self.low, start):
+        cues = not self.low.isascii() or not _MAY_STATE.isdisjoint(self.words)
+        for found in _CUE.finditer(self.low, start) if cues else ():
             if praised and found.start() > praised.start():
                 break
             if (found["weak"] or "") not in _CONJUNCTIONS and self.denied(found.start()):
                 continue
-            weak = found["weak"] is not None and not re.search("answer|option|choice", found[0])
-            core = found.end(found.lastgroup or 0)
-            if committed := self.commits(core, weak=weak) or self.commits(found.end(), weak=weak):
+            weak = found["weak"] is not None and not _NAMES_ANSWER.search(found[0])
+            core, end = found.end(found.lastgroup or 0), found.end()
+            committed = self.commits(core, weak=weak)
+            if not committed and end > core:
+                committed = self.commits(end, weak=weak)
+            if committed:
                 return committed
         return praised and (praised[1], praised.end())
 
@@ -386,7 +422,8 @@ def _option(reply: _Reply) -> str | None:
 
 def _marked(reply: _Reply) -> str | None:
     """The last readable answer in a LaTeX box, an XML tag or a JSON field."""
-    return next(filter(None, (_part(content, reply) for content in reversed(reply.marked))), None)
+    answers = [_part(content, reply) for content in reply.marked]
+    return next(filter(None, reversed(answers)), None) if answers else None
 
 
 def _final(reply: _Reply) -> str | None:
@@ -430,7 +467,7 @@ def _last_line(reply: _Reply) -> str | None:
 
 def _refusing_option(reply: _Reply) -> str | None:
     """The reply refuses in the words of one option, or doubts where one option only is a doubt."""
-    if not _REFUSES_ALL.search(reply.low):
+    if not reply.refuses:
         return None
     named = _named(reply, [entry for entry in reply.forms if _REFUSES_ALL.search(entry[0])])
     if not named and _DOUBTS.search(reply.low):
@@ -440,19 +477,18 @@ def _refusing_option(reply: _Reply) -> str | None:
 
 def _refusal(reply: _Reply) -> str | None:
     """The reply refuses or cannot tell."""
-    return "" if (_REFUSES_ALL if reply.letters else _REFUSES).search(reply.low) else None
+    return "" if reply.refuses else None
 
 
 def _only_letter(reply: _Reply) -> str | None:
     """One letter is named, negations aside; an A before a noun is an article."""
     text = reply.text
-    for option in reply.offered.texts:
-        if len(option) > 1 and re.search(rf"\b[{LETTERS}]\b", option):  # "vitamin B"
-            text = re.sub(rf"(?<!\w){re.escape(option)}(?!\w)", "", text, flags=re.IGNORECASE)
+    for option in reply.offered.lettered:
+        text = option.sub("", text)
     low, named = _lower(text), set()
     for found in _NAMED.finditer(text):
         letter, before = (found[1] or found[2]).upper(), low[max(0, found.start() - 40) : found.start()]
-        noun = found[2] == "A" and re.match(r"\s+\w", low[found.end() :]) and not _NO_ARTICLE.match(low, found.end())
+        noun = found[2] == "A" and _NEXT_WORD.match(low, found.end()) and not _NO_ARTICLE.match(low, found.end())
         if (
             letter in reply.letters
             and not noun
@@ -585,7 +621,7 @@ def _named(reply: _Reply, forms: Sequence[tuple[str, str]]) -> set[str]:
             if whole and not any(start <= at and end <= stop for start, stop in taken):
                 taken.append((at, end))
                 # "no" before a noun ("no dog") is read with its sentence, by the statement rule.
-                noun = not reply.letters and answer == "no" and re.match(r"\s+\w", low[end:])
+                noun = not reply.letters and answer == "no" and _NEXT_WORD.match(low, end)
                 if not noun and not _NEGATED.search(low[max(0, at - 40) : at]) and not _REJECTED.match(low, end):
                     named.add(answer)
             at = low.find(form, end)
