@@ -148,8 +148,9 @@ DATA = Path(os.environ.get("LLAVA_GENHANCER_TEST_DATA") or Path(__file__).parent
 needs = pytest.mark.skipif(not (DATA / "HallusionBench.json").exists(), reason="no LLAVA_GENHANCER_TEST_DATA")
 # {X}: the right letter, {x}: in lower case, {T}: its text, {Y} and {U}: another option's letter and text.
 FORMS = (
-    "{X}", "{x}", "({x})", "{X}.", "**{X}**", "{X}. {T}", "({X}) {T}", "{T}", "{T}.", "Answer: {X}", "The answer is {X}.",
-    "The answer is ({x}) {T}.", "The correct answer is {X}. Option {Y} is incorrect.", "{X}\n\nOption {Y} is wrong.",
+    "{X}", "{x}", "({x})", "{X}.", "**{X}**", "{X}. {T}", "({X}) {T}", "{T}", "{T}.", "Answer: {X}", 
+    "The answer is {X}.", "The answer is ({x}) {T}.", "The correct answer is {X}. Option {Y} is incorrect.",
+    "{X}\n\nOption {Y} is wrong.",
     "{X}. {T}. Option {Y} does not match.", "{X}. {T}\n\n{Y}. {U} does not match the image.",
     "The correct answer is {T}. {U} is incorrect.", "Option {X} is correct, option {Y} is not.",
     "Not {Y} but {X}", "{Y}... wait, {X}", "I can't be sure, but the answer is {X}.", "\\boxed{{{X}}}",
@@ -163,9 +164,8 @@ def real_options() -> list[tuple[str, ...]]:
     hallusion = json.loads((DATA / "HallusionBench.json").read_text())
     texts = sorted({row["gt_answer_details"].strip(" .?") for row in hallusion if row["gt_answer_details"]})
     objects = sorted({re.split(r"(?:Is there an? | in the im)", row["text"])[1] for row in pope()})
-    pairs = [
-        pair for pair in zip(texts[::2], texts[1::2], strict=False) if len({t.strip(" .?!").lower() for t in pair}) == 2
-    ]
+    halves = zip(texts[::2], texts[1::2], strict=False)
+    pairs = [pair for pair in halves if len({text.strip(" .?!").lower() for text in pair}) == 2]
     return pairs + [tuple(objects[i : i + 4]) for i in range(0, len(objects) - 3, 2)]
 
 
@@ -215,14 +215,24 @@ def test_sentences_on_real_objects() -> None:
 
 @needs
 def test_real_reference_answers() -> None:
-    """HallusionBench's own answers in words: those that begin with yes or no are read so, and none as the opposite."""
+    """HallusionBench's own answers in words: a first yes or no counts, and few sentences are read as the opposite.
+
+    Some of these answers contradict the published yes or no, and some name another year in the question's own words.
+    """
     rows = [row for row in json.loads((DATA / "HallusionBench.json").read_text()) if row["gt_answer_details"]]
+    rows = [row for row in rows if row["gt_answer_details"] != "No answer"]
+    read = wrong = 0
     for row in rows:
         words, truth = row["gt_answer_details"], "yes" if row["gt_answer"] == "1" else "no"
+        answer = yes_or_no(words, row["question"])
+        read += answer is not None
+        wrong += answer not in (None, truth)
         if first := re.match(r"(?i)(yes|no)\b", words):
-            assert yes_or_no(words, row["question"]) == first[1].lower(), words
+            assert answer == first[1].lower(), words
         else:
             assert yes_or_no(f"{truth}, {words}", row["question"]) == truth
+    assert read > 750
+    assert wrong < 0.05 * read
 
 
 # --- properties ------------------------------------------------------------------------------------------------------
@@ -230,15 +240,21 @@ words = st.from_regex(r"[A-Za-z][a-z]{2,9}( [a-z]{3,9}){0,3}", fullmatch=True)
 option_lists = st.lists(words, min_size=2, max_size=5, unique_by=str.lower)
 explanations = st.lists(
     st.sampled_from(
-        ("Option {Y} is wrong.", "{Y} does not match.", "Note that {Y} is a distractor.", "The other options do not fit.",
-         "({Y}) {U} is incorrect.", "I cannot see {U} here.", "{U} would look different.", "It is not {U}.",
-         "Unlike {Y}, it fits the image.", "So {Y} cannot be right.", "This is clear from the image.", "Option {Y} shows {U}.")
+        (
+            "Option {Y} is wrong.", "{Y} does not match.", "Note that {Y} is a distractor.", "({Y}) {U} is incorrect.",
+            "I cannot see {U} here.", "{U} would look different.", "It is not {U}.", "Unlike {Y}, it fits the image.",
+            "So {Y} cannot be right.", "This is clear from the image.", "Option {Y} shows {U}.",
+            "The others do not fit.",
+        )
     ),
     max_size=3,
 )  # fmt: skip
 commitments = st.sampled_from(
-    ("{X}.", "({X}) ", "{X}. {T}.", "{X}\n\n", "The answer is {X}.", "The correct answer is {X}. {T}.", "**{X}**.", "Answer: {X}\n",
-     "Option {X}.", "({x}) {T}.", "The answer is {T}.", "I choose {X}.", "{T}.", "So the answer is ({X}).")
+    (
+        "{X}.", "({X}) ", "{X}. {T}.", "{X}\n\n", "The answer is {X}.", "The correct answer is {X}. {T}.", "**{X}**.",
+        "Answer: {X}\n", "Option {X}.", "({x}) {T}.", "The answer is {T}.", "I choose {X}.", "{T}.",
+        "So the answer is ({X}).",
+    )
 )  # fmt: skip
 
 
@@ -327,7 +343,8 @@ def replies_of_a_benchmark(number: int) -> list[tuple[tuple[str, ...] | str, str
         forms = draw.choices(
             (("{X}", "{X}", "{x}", "{X}.", "({X})"), ("{X}. {T}", "({x}) {T}", "{X}) {T}"), ("{T}", "{T}."),
              ("The answer is {X}.", "The correct answer is ({x}) {T}.", "Answer: {X}", "Option {X}"),
-             ("The answer is {X}. Option {Y} is incorrect.", "{X}. {T}. It is clear.", "I cannot tell.", "It looks like {T}"),
+             ("The answer is {X}. Option {Y} is incorrect.", "{X}. {T}. It is clear.", "I cannot tell.",
+              "It looks like {T}"),
              ("Yes", "No", "Yes.", "No."), ("Yes, there is a dog in the image.", "No, there is no dog in the image."),
              ("There is a dog in the image.", "There is no dog.", "I cannot see the image.", "The answer is yes.")),
             weights=(30, 10, 8, 12, 4, 21, 10, 5),

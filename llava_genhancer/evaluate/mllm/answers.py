@@ -16,10 +16,14 @@ from typing import NamedTuple
 
 LETTERS = "ABCDEFGH"
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # --- what a reply is made of -----------------------------------------------------------------------------------------
-_REASONING = re.compile(
-    r"(?s)^.*(?:</|◁/)(?:think|thinking|thought|reasoning)[>▷]|[<◁](?:think|thinking|thought)[>▷].*$"
-)
+_THOUGHT = "(?:think|thinking|thought|reasoning)"
+_REASONING = re.compile(rf"(?is)^.*(?:</|◁/|\[/){_THOUGHT}[>▷\]]|[<◁]{_THOUGHT}[>▷].*$")
 _STRUCK = re.compile(r"~~.*?~~|<\|[^|>]*\|>|</?s>|<(?:end|start)_of_turn>")
 _MARKED = re.compile(
     r"""(?isx) \\boxed\s*\{ ((?:[^{}]|\{[^{}]*\})*) \}             # LaTeX
@@ -28,48 +32,58 @@ _MARKED = re.compile(
       (?: "((?:[^"\\]|\\.)*)" | '([^']*)' | ([^\s,}\]]+) )"""
 )
 _TEX = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mathit|rm)\b\s*|\\[()\[\]]|[${}]")
-_SIGNS = str.maketrans("’‘“”（）：。，、！？；*_`#", "''\"\"():.,,!?;    ")
+_SIGNS = str.maketrans("’‘“”。、", "''\"\".,")
 _BARE = " .,:;!?()[]<>\"'\n\t*_`#"  # around a reply that is an answer and nothing else
 
 # --- how a reply commits itself --------------------------------------------------------------------------------------
 _LINK = (
     r"(?:\s*(?:\b(?:is|was|are|ist|es|est|(?:would|should|must|could|might|may|has to|(?:seems|appears) to) be)\b"
-    r"|'s\b|é\b|è\b|是|为|為|[:=→—]|[-=]>))+"
+    r"|'s\b|é\b|è\b|是|为|為|は|은|lautet\b|[:=→—]|[-=]>))+"
 )
 _FILLERS = (
-    r"(?:[\s:,\"'=>\[-]+|(?:the|my|that|it|is|was|be|it's|here|indeed|most likely|likely|probably|clearly|definitely"
-    r"|simply|therefore|option|choice|answer|letter|number|opción|die|la|le"
+    r"(?:[\s:,\"'=>\[-]+|(?:the|my|that|it's|it|is|was|be|here|indeed|most likely|likely|probably|clearly|definitely"
+    r"|simply|therefore|actually|really|just|obviously|option|choice|answer|letter|number|opción|die|la|le"
     r"|(?:correct|right|best|final|only|most \w+)(?=\s+(?:answer|option|choice|one|letter)))\b)*"
 )
 # A strong cue is followed by an answer. After a weak one ("but B shows a cat") the letter must end its clause too.
 _CUE = re.compile(
     rf"""(?x) (?<![a-z'-]) (?:
       (?P<strong> (?:answer|option|choice|response|selection|antwort|respuesta|r[ée]ponse|risposta|resposta|ответ
-          |答案|选项|正解|回答)
+          |答案|选项|正解|回答|答え|정답)
         (?:\s+(?:to|for)\s+(?:the|this|that|your)\s+(?:question|image|problem|picture|puzzle))?
         (?:\s+(?:corre[ct]+[ae]|here))? {_LINK}
-      | (?:choose|chose|pick|picked|select|selected|go(?:ing)?\s+with|opt\s+for|elijo|wähle)\b | 应?该?选择? )
-    | (?P<weak> (?:so|therefore|thus|hence|it's|it\s+is|that's|this\s+is|(?:it|this|that)\s+(?:must|would|should|could|might)\s+be
-          |think|believe|guess|say|probably|likely|maybe|perhaps|possibly|but|rather|instead)\b )
+      | (?:choose|chose|pick|picked|select|selected|go(?:ing)?\s+with|opt\s+for|elijo|wähle)\b
+      | 应?该?选择? | 应该?[是为] )
+    | (?P<weak> (?:so|therefore|thus|hence|it's|it\s+is|this\s+is|(?:it|this|that)\s+(?:must|would|should|could
+    |might)\s+be
+        |think|believe|guess|say|probably|likely|maybe|perhaps|possibly|definitely|clearly|certainly|obviously|surely
+        |(?:looks?|seems?|appears?)(?:\s+like|\s+to\s+be)?|(?<!anything\ )but|rather|instead)\b )
     ) {_FILLERS}"""
 )
 # Every cue in plain letters begins with one of these words.
-_MAY_STATE = frozenset(
-    "answer option choice response selection antwort respuesta risposta resposta choose chose pick picked select selected go"
-    " going opt elijo so therefore thus hence it's it that's that this think believe guess say probably likely maybe perhaps"
-    " possibly but rather instead".split()
+_MAY_STATE = _words(
+    """
+    answer answer's option choice response selection antwort respuesta reponse risposta resposta choose chose
+    pick picked select selected go going opt elijo so therefore thus hence it's it that this think believe guess
+    say probably likely maybe perhaps possibly definitely clearly certainly obviously surely look looks seem
+    seems appear appears but rather instead
+    """
 )
+_HEDGE = re.compile("could|might|may|maybe|perhaps|possibly")
 _NAMES_ANSWER = re.compile("answer|option|choice")
 _FINAL = re.compile(rf"\bfinal\s+(?:answer|choice){_LINK}{_FILLERS}")
 _AFFIRMED = (
-    r"\s+(?:is|was|seems?|looks?|appears?|would be|must be)\s+(?:to be\s+)?(?:(?:the|clearly|more|most|also|indeed|definitely)\s+)*"
-    r"(?:correct|right|best|true|accurate|likely|answer|closest|better)\b(?!\s+(?:side|hand))|\s+best\s+\w|\s+ist\s+richtig"
+    r"\s+(?:is|was|seems?|looks?|appears?|would be|must be)\s+(?:to be\s+)?"
+    r"(?:(?:the|clearly|more|most|also|indeed|definitely)\s+)*"
+    r"(?:correct|right|best|true|accurate|likely|answer|closest|better)\b(?!\s+(?:side|hand))|\s+best\s+\w"
+    r"|\s+ist\s+richtig"
 )
+_PRAISE = re.compile(_AFFIRMED)
 _PRAISED = re.compile(rf"\b([A-H])\)?(?i:{_AFFIRMED})", re.ASCII)
-_LETTER = re.compile(r"([(\[{<\"' ]*)([A-Ha-h])(?![\w'-])([)\]}>\"']*)", re.ASCII)
+_LETTER = re.compile(r"([(\[{<\"' ]*)([A-Ha-h])(?![\w-]|'\w)([)\]}>\"']*)", re.ASCII)
 _ORDINAL = re.compile(
-    r"(?:the\s+)?(first|second|third|fourth|fifth|last|former|latter)(?=\W*$|[.,;:!\n]|\s+(?:one|option|choice|answer)\b)"
-    r"(?:\s+(?:one|option|choice|answer))?"
+    r"(?:the\s+)?(first|second|third|fourth|fifth|last|former|latter)"
+    r"(?:(?=\W*$|[.,;:!\n])|\s+(?:one|option|choice|answer)\b)"
 )
 _PLACE = {"first": 0, "former": 0, "second": 1, "third": 2, "fourth": 3, "fifth": 4, "last": -1, "latter": -1}
 _SERIES = re.compile(r"\s*(?:$|[.,\n]|or\b|and\b)")
@@ -82,97 +96,130 @@ _CLAUSE_END = re.compile(
 )
 _NO_ARTICLE = re.compile(
     r"\s+(?:is|was|because|since|as|but|and|or|with|for|the|this|that|it|there|due|given|not|would|could|cannot|can't"
+    r"|instead|although|though|whereas|while|when|if|unlike"
     r"|seems|looks|appears|shows|has|does|did|must|best|rather|over|contains|depicts|describes)\b"
 )
 _REJECTED = re.compile(
     r"""(?x) [)\]"':,?!]*\s*(?:\([^)\n]*\)\s*)? (?: cannot\b|can't\b|不 |
     (?:is|are|was|does|do|did|could|would|should|has|seems?|looks?|appears?)
     (?: n't | \s+(?:(?:also|clearly|definitely|probably|obviously|simply|the|therefore)\s+)*
-      (?:not|incorrect|inaccurate|invalid|wrong|false|untrue|unlikely|less|impossible|out|eliminated|excluded|ruled)\b ))"""
+      (?:not|incorrect|inaccurate|invalid|wrong|false|untrue|unlikely|less|impossible|out|eliminated|excluded
+      |ruled)\b ))"""
 )
 _BEFORE = re.compile(
-    r"(?:\b(?:not|never|if|whether|unless)|n't)\s+(?:(?!(?:but|so|and|because|however)\b)[a-z]+\s+){0,3}$"
+    r"(?:\b(?:not|never|if|whether|unless|doubt)\s+|n't\s+|\b(?:initially|at first)\W+)"
+    r"(?:(?!(?:but|so|and|because|however)\b)[a-z']+\s+){0,3}$"
 )
-_JOINED = re.compile(r"\s*(?:(,)|or\b|and\b|nor\b|/|&)\s*(?:(?:or|and|the|option|choice|answer)\s+)*")
+_JOINED = re.compile(
+    r"\s*(?:([,;.|]|\n|-+>|\)?(?=\())|or\b|and\b|nor\b|/|&)\s*(?:(?:or|and|the|option|choice|answer)\s+)*"
+)
 _CORRECTS = r"""[.,;:!?…\n—(-]\s*(?:(?:oh|hmm+|but|or|well)\W+)?
     (?:(?:wait|actually|correction|scratch\ that|strike\ that|oops|on\ second\ thoughts?|on\ closer\ (?:look|inspection)
-    |i\ meant?|let\ me\ (?:correct|reconsider|re-?check|rethink|look\ again)|my\ mistake|i\ was\ wrong|sorry%s)
+      |i\ meant?|let\ me\ (?:correct|reconsider|re-?check|rethink|look\ again)|my\ mistake|i\ was\ wrong|sorry%s)
     (?=\W) (?!\s+(?:for|a|an|the)\b) [\s,.:;!—-]*)+"""
+_ONLY_NO = re.compile(r"\W*(?:(?:no|sorry)\W*)+")
 _RETRACTED = re.compile(_CORRECTS % "|no", re.VERBOSE)
 _RETRACTED_POLAR = re.compile(_CORRECTS % "", re.VERBOSE)  # where "no" is an answer
 
 # --- how a reply refuses ---------------------------------------------------------------------------------------------
-_PICTURE = r"(?:the |this |that |your |an?y? |actual |provided |attached |uploaded )*(?:image|picture|photo|photograph|figure|screenshot|visual|content)s?"
+_PICTURE = (
+    r"(?:the |this |that |your |an?y? |actual |provided |attached |uploaded )*"
+    r"(?:image|picture|photo|photograph|figure|screenshot|visual|content)s?"
+)
 _UNDECIDED = (
-    r"(?:cannot|can't|can not|could not|couldn't|unable to|not able to|impossible to|no way to|(?:hard|difficult) to|not possible to"
-    r"|insufficient information to|not enough information to)"
-    r" (?:\w+ly )?(?:be )?(?:tell|determined?|say|said|answer(?:ed)?|confirm(?:ed)?|identif(?:y|ied)|verif(?:y|ied)|decided?"
-    r"|judged?|know|known|inferred|infer|conclude|discern|make out|ascertain)"
-    r"|not (?:sure|certain|clear|enough|specified|determinable)|unclear|unknown|undetermined|indeterminate|unsure"
-    r"|don't know|do not know|no idea|insufficient|hard to tell|it depends|depends on"
+    r"(?:cannot|can't|can not|could not|couldn't|unable to|not able to|impossible to|no way to|(?:hard|difficult) to"
+    r"|not possible to|(?:insufficient|not enough) information to) (?:\w+ly )?(?:be )?(?:tell|determined?|say|said"
+    r"|answer(?:ed)?|confirm(?:ed)?|identif(?:y|ied)|verif(?:y|ied)|decided?|judged?|know|known|inferred|infer|conclude"
+    r"|discern|make out|ascertain)|not (?:sure|certain|clear|enough|specified|determinable)|unclear|unknown"
+    r"|undetermined"
+    r"|indeterminate|unsure|don't know|do not know|no idea|insufficient|hard to tell|it depends|depends on"
 )
 _REFUSAL = (
-    rf"{_UNDECIDED}|unable|sorry|apologi[sz]e|as an ai|i'm an ai|i am an ai|\bai (?:language |assistant|model)|language model"
-    r"|text-based|neither|none of|not (?:able|possible)|no way\b|no (?:information|context|access)|impossible"
-    r"|(?:don't|do not|doesn't|does not|didn't|without|lack)(?: currently| actually)? (?:have|see|receive|possess|include)?"
-    r" ?(?:the |any |an |access to |ability to |enough |visual |direct )*"
-    r"(?:access|ability|capabilit\w+|vision|eyes|images?\b(?! of)|pictures?\b(?! of)|photos?\b(?! of)|information|context|capacity)"
-    rf"|(?:cannot|can't|can not|couldn't|could not) (?:\w+ly )?(?:assist|help|provide|access|process|analy[sz]e|interpret|comply|fulfil\w*"
-    rf"|(?:see|view|open|display) (?:{_PICTURE}|it|that|this|what|whether|if|anything|clearly|well|enough|from here)\b|(?:see|view)\W*$|\W*$)"
-    r"|no (?:image|photo|picture)s?\b(?! (?:of|frame|on|in))"
-    rf"|{_PICTURE} (?:is|was|are|were|has|have)(?:n't| not)(?: been)? (?:visible|provided|available|attached|shown|loaded|included|uploaded|clear)"
-    r"|(?:please|kindly|could you) (?:provide|upload|share|attach|describe)|too (?:blurry|blurred|dark|small|unclear|far)"
+    rf"{_UNDECIDED}|unable|impossible|text-based|as an ai|i'm an ai|i am an ai|ai (?:language|assistant|model)"
+    rf"|language model"
+    r"|(?:won't|refuse to|decline to|prefer not to|rather not) (?:answer|say)|n/a\b|nobody knows|no way\b"
+    r"|not (?:able|possible|capable|applicable)|no (?:information|context|access|comment|answer|vision|eyes|ability"
+    r"|capability)"
+    r"|(?:haven't|have not|hasn't|has not|didn't|did not|wasn't|was not|not been) (?:been )?"
+    r"(?:provide|attach|upload|load|include|receive)"
+    r"|(?:don't|do not|doesn't|does not|didn't|without|lack)(?: currently| actually)? (?:have|see|receive|possess"
+    r"|include)?"
+    r" ?(?:the |any |an |access to |ability to |enough |visual |direct )*(?:access|ability|capabilit|vision|eyes"
+    r"|information"
+    r"|context|capacity|(?:image|picture|photo)s?\b(?! of))"
+    r"|(?:cannot|can't|can not|couldn't|could not) (?:\w+ly )?(?:do|assist|help|provide|access|process|analy[sz]e"
+    r"|interpret"
+    rf"|comply|fulfil|(?:see|view|open|display) (?:{_PICTURE}|it|that|this|what|whether|if|anything|clearly|well|enough"
+    r"|from here)\b|(?:see|view)\W*$|\W*$)|no (?:image|photo|picture)s?\b(?! (?:of|frame|on|in))"
+    rf"|{_PICTURE} (?:is|was|are|were|has|have)(?:n't| not)(?: been)? (?:visible|provided|available|attached|shown"
+    rf"|loaded"
+    r"|included|uploaded|clear)|(?:please|kindly|could you) (?:provide|upload|share|attach|describe)"
+    r"|too (?:blurry|blurred|dark|small|unclear|far)\b"
 )
+_ABSENT = "not (?:visible|provided|mentioned|shown|given|stated)"
 _REFUSES = re.compile(rf"\b(?:{_REFUSAL})")
 # Where options are offered, a plain "cannot" or "not visible" denies all of them; to "is there a dog?" it is a "no".
 _REFUSES_ALL = re.compile(
-    rf"\b(?:{_REFUSAL}|cannot|can't|can not|couldn't|could not|not (?:visible|provided|mentioned|shown|given|stated))\b"
+    rf"\b(?:{_REFUSAL}|neither|none\b|sorry|apologi[sz]|cannot|can't|can not|couldn't|could not|{_ABSENT})"
 )
 # Every refusal has one of these words, which are looked up before the long pattern is tried.
-_MAY_REFUSE = frozenset(
-    "cannot can't not couldn't unable impossible no hard difficult insufficient unclear unknown undetermined indeterminate"
-    " unsure don't doesn't didn't depends sorry apologize apologise apologies ai language text neither none without lack isn't"
-    " wasn't aren't weren't hasn't haven't please kindly could too determinable".split()
+_MAY_REFUSE = _words(
+    """
+    cannot can't not couldn't unable impossible no hard difficult insufficient unclear unknown undetermined
+    indeterminate unsure don't do doesn't didn't depends sorry apologize apologise apologies apologizes ai
+    language text neither none without lack isn't n won't refuse decline prefer rather nobody have has did was
+    wasn't aren't weren't hasn't haven't please kindly could too
+    """
 )
-_DOUBTS = re.compile(rf"\b(?:{_UNDECIDED}|not (?:visible|provided|mentioned|shown|given|stated))\b")
+_DOUBTS = re.compile(rf"\b(?:{_UNDECIDED}|{_ABSENT})")
 _NEGATED = re.compile(
-    r"(?:\b(?:not|neither|nor|than|cannot|never|without)|n't)\s+(?:(?:the|an?|be|see|option|answer|choice|really|necessarily)\s+)*\(?$"
+    r"(?:\b(?:anything|all) but|\b(?:not|neither|nor|than|cannot|never|without)|n't)\s+"
+    r"(?:(?:the|an?|be|see|option|answer|choice|really|necessarily)\s+)*\(?$"
 )
 _MARKER = re.compile(r"[(\[\"']*[a-h](?:[)\].:,;]|$|\n)")
 _NEXT = re.compile(r"[\s.,;:|/-]*(?:(?:or|and)\s+)?\(?([a-h])[).:]\s*")
-_NEXT_WORD = re.compile(r"\s+\w")
-_NAMED = re.compile(r"\(([A-Ha-h])\)|(?<![\w'-])([A-H])(?![\w']|-\w)")
+_NEXT_WORD = re.compile(r" +\w")
+_NAMED = re.compile(r"\(([A-Ha-h])\)|(?<![\w'-])([A-H])(?!\w|['-]\w)")
 _LISTED = re.compile(r"(?m)^[\s>•-]*(?:(?:option|choice)\s+)?\(?([a-h])(?:[).:]|\s+-)(?=\s|$)")
 
 # --- yes and no ------------------------------------------------------------------------------------------------------
 _YES_NO = tuple(
     (word, answer)
     for answer, words in (
-        ("yes", ("yes", "yeah", "yep", "yup", "oui", "sí", "да", "はい", "是的", "是", "对")),
+        ("yes", ("yes", "yeah", "yep", "yup", "ja", "oui", "sí", "да", "はい", "是的", "是", "对")),
         ("no", ("no", "nope", "nah", "nein", "non", "нет", "いいえ", "不是", "没有", "否")),
     )
     for word in words
 )
 _WHOLE = {
-    **dict(_YES_NO), **dict.fromkeys(("true", "correct", "right", "ja", "si", "affirmative", "y"), "yes"),
+    **dict(_YES_NO),
+    **dict.fromkeys(("true", "correct", "right", "si", "y", "indeed", "of course", "probably"), "yes"),
+    **dict.fromkeys(("absolutely", "definitely", "certainly", "affirmative"), "yes"),
     **dict.fromkeys(("false", "incorrect", "wrong", "negative", "n"), "no"),
-}  # fmt: skip
+}
+_CLAUSE_CUT = re.compile(r"(?s).*(?:[.;,\n]|\b(?:but|although|though|however)\b)")
 _CLAUSES = re.compile(r"[.;!?\n]+|,?\s+(?:but|while|whereas|although|though|however)\s+|,\s+and\s+")
 _DENIES = re.compile(
-    r"\b(?:no|not|none|nothing|nobody|never|cannot|without|neither|nor|absent|missing|incorrect|false|untrue)\b|n't\b"
+    r"\b(?:no(?! doubt)|not|none|nothing|nobody|never|cannot|without(?! a doubt)|neither|nor|absent|missing"
+    r"|incorrect|false"
+    r"|untrue|(?:is|are|was|were|do|does|did|has|have|ca)nt)\b|n't\b"
 )
 _CLAIMS = re.compile(
-    r"\b(?:is|are|was|were|am|be|has|have|had|does|do|did|can|could|will|would|shows?|contains?|includes?|depicts?|features?"
-    r"|sees?|exists?|appears?|seems?|wears?|covers?|ranges?|made)\b|'(?:s|re)\b"
+    r"\b(?:is|are|was|were|am|be|has|have|had|does|do|did|can|could|will|would|shows?|contains?|includes?|depicts?"
+    r"|features?"
+    r"|sees?|exists?|appears?|seems?|wears?|covers?|ranges?|made|(?:think|believe) so)\b|'(?:s|re)\b"
 )
 _PLAIN_WORD = re.compile("[a-z']+")
 _WORD = re.compile(r"[^\W_]+(?:\.\d+)?")
-_EMPTY_WORDS = frozenset(
-    "a an the is are was were am be been being has have had do does did can could will would there here it they this that"
-    " these those i we you he she in on at of to from by with for and or as any some one no not none nothing t s re m"
-    " isn aren wasn weren don doesn didn hasn haven couldn wouldn won cannot"
-    " image picture photo figure scene visible seen see shown shows show contains contain includes include present appears"
-    " appear exist exists according yes please answer so indeed actually only also".split()
+_EMPTY_WORDS = _words(
+    """
+    a an the is are was were am be been being has have had do does did can could will would there here it they
+    this that these those i we you he she in on at of to from by with for and or as any some one no not none
+    nothing t s re m isnt arent wasnt dont doesnt didnt hasnt cant isn aren wasn weren don doesn didn hasn haven
+    couldn wouldn won cannot think believe so probably definitely absolutely certainly really clearly likely
+    course image picture photo figure scene visible seen see shown shows show contains contain includes include
+    present appears appear exist exists according yes please answer so indeed actually only also
+    """
 )
 
 
@@ -259,7 +306,9 @@ def _offered(options: tuple[str, ...]) -> _Offered:
     )
     for own, same in list(whole.items()) if len(whole) == len(plain) else ():
         letter = letters[same[0]].lower()
-        whole.update(dict.fromkeys((f"{letter}. {own}", f"{letter}) {own}", f"{letter}: {own}", f"{letter} {own}"), same))
+        whole.update(
+            dict.fromkeys((f"{letter}. {own}", f"{letter}) {own}", f"{letter}: {own}", f"{letter} {own}"), same)
+        )
     forms = []
     for option, own, letter in zip(options, plain, letters, strict=True):
         forms.append((own if plain.count(own) == 1 else _unmarked(option), letter))
@@ -279,7 +328,7 @@ class _Reply:
 
     def __init__(self, reply: str, offered: _Offered, question: str = "") -> None:
         self.marked: list[str] = []
-        if "<" in reply or "{" in reply or "~~" in reply or "◁" in reply:
+        if "<" in reply or "{" in reply or "[/" in reply or "~~" in reply or "◁" in reply:
             reply = _STRUCK.sub("", _REASONING.sub("", reply))
             self.marked = [next(filter(None, groups), "") for groups in _MARKED.findall(reply)]
         self.raw = _TEX.sub("", reply) if "\\" in reply or "$" in reply else reply
@@ -321,7 +370,11 @@ class _Reply:
             return letter, own
         if not found[3] and not set("([{<\"'") & set(found[1]):
             following = self.low[end : end + 2]
-            if found[2].islower() and following.lstrip(" ")[:1] not in ("", ".", ",", ";", ":", "!", "\n"):
+            if (
+                found[2].islower()
+                and not _PRAISE.match(self.low, end)
+                and following.lstrip(" ")[:1] not in ("", ".", ",", ";", ":", "!", "\n")
+            ):
                 return None
             if (
                 letter == "A"
@@ -348,14 +401,16 @@ class _Reply:
             return None
         answer, end = found
         if (joined := _JOINED.match(self.low, end)) and (other := self.token(joined.end())) and other[0] != answer:
-            comma = joined[1] and not _SERIES.match(self.low, other[1])
-            if not comma and not _REJECTED.match(self.low, other[1]):
+            # A comma or a full stop joins two answers only where nothing follows the second one.
+            apart = joined[1] is not None and not _SERIES.match(self.low, other[1])
+            apart = apart or (joined[1] in (".", "\n") and other[1] > joined.end() + 1)
+            if not apart and not _REJECTED.match(self.low, other[1]):
                 return None
         return None if weak and not _CLAUSE_END.match(self.low, end) else found
 
     def stated(self, start: int = 0) -> tuple[str, int] | None:
         """The first answer after a cue such as "the answer is", or before a praise such as "is correct"."""
-        praised = None
+        praised, hedged = None, []
         for found in _PRAISED.finditer(self.text, start) if self.letters else ():
             if found[1] in self.letters and not self.denied(found.start()):
                 praised = found
@@ -371,9 +426,13 @@ class _Reply:
             committed = self.commits(core, weak=weak)
             if not committed and end > core:
                 committed = self.commits(end, weak=weak)
-            if committed:
+            if committed and _HEDGE.search(found[0]):
+                hedged.append(committed)
+            elif committed:
                 return committed
-        return praised and (praised[1], praised.end())
+        if praised:
+            return praised[1], praised.end()
+        return hedged[0] if len({answer for answer, _ in hedged}) == 1 else None
 
     def denied(self, at: int) -> bool:
         """Whether the words before a place deny what follows or make it a condition."""
@@ -385,7 +444,7 @@ class _Reply:
         while committed and (found := retracted.search(self.low, committed[1])):
             cue = _CUE.match(self.low, found.end())
             again = self.commits(found.end(), weak=True) or (cue and self.commits(cue.end(), weak=True))
-            if not again and not found[0].strip(" .,:;!?…\n—(-").startswith(("no", "sorry")):
+            if not again and not _ONLY_NO.fullmatch(found[0]):
                 again = self.stated(found.end())
             committed = again or (committed[0], found.end())
         return committed and committed[0]
@@ -447,6 +506,9 @@ def _leading(reply: _Reply) -> str | None:
     other = follows and follows[1].upper()
     if follows and other != answer and (own := reply.own(other, follows.end())) and not _REJECTED.match(reply.low, own):
         return None
+    if reply.low[end : end + 1] == "?":  # "A? No, B."
+        corrected = reply.corrected(committed)
+        return None if corrected == answer else corrected
     bare = end == at + 1 and reply.text[end : end + 2].strip().isupper()  # "B The door ..."
     ends = bare or _CLAUSE_END.match(reply.low, end) or _MARKER.match(reply.low, at)
     return reply.corrected(committed) if ends and not reply.lists() else None
@@ -461,8 +523,10 @@ def _last_line(reply: _Reply) -> str | None:
     """The last of several lines is an answer and nothing else."""
     if "\n" not in reply.text:
         return None
-    last = reply.text.rpartition("\n")[2]
-    return None if reply.lists() and _LISTED.match(last.lower()) else _part(last, reply)
+    first, *_, last = reply.text.split("\n")
+    if reply.lists() and _LISTED.match(last.lower()):
+        return None
+    return None if len(first.strip(_BARE)) == 1 else _part(last, reply)
 
 
 def _refusing_option(reply: _Reply) -> str | None:
@@ -473,6 +537,16 @@ def _refusing_option(reply: _Reply) -> str | None:
     if not named and _DOUBTS.search(reply.low):
         named = {letter for form, letter in reply.forms if _DOUBTS.search(form)}
     return named.pop() if len(named) == 1 else None
+
+
+def _before_refusal(reply: _Reply) -> str | None:
+    """What the clauses before a refusal say: "The door is closed; I can't see inside"."""
+    refused = (_REFUSES_ALL if reply.letters else _REFUSES).search(reply.low) if reply.refuses else None
+    cut = _CLAUSE_CUT.match(reply.low, 0, refused.start()) if refused else None
+    if not cut or not (reply.letters or reply.question):
+        return None
+    before = _Reply(reply.text[: cut.end()], reply.offered, reply.question)
+    return (_only_letter(before) or _only_option(before)) if reply.letters else _statement(before)
 
 
 def _refusal(reply: _Reply) -> str | None:
@@ -493,6 +567,7 @@ def _only_letter(reply: _Reply) -> str | None:
             letter in reply.letters
             and not noun
             and not _NEGATED.search(before)
+            and not _BEFORE.search(before)
             and not _REJECTED.match(low, found.end())
         ):
             named.add(letter)
@@ -525,6 +600,7 @@ CHOICE_RULES: tuple[tuple[str, Rule], ...] = (
     ("stated answer", _stated),
     ("last line", _last_line),
     ("refusing option", _refusing_option),
+    ("before a refusal", _before_refusal),
     ("refusal", _refusal),
     ("only letter named", _only_letter),
     ("only option named", _only_option),
@@ -536,6 +612,7 @@ YES_NO_RULES: tuple[tuple[str, Rule], ...] = (
     ("leading answer", _leading),
     ("stated answer", _stated),
     ("last line", _last_line),
+    ("before a refusal", _before_refusal),
     ("refusal", _refusal),
     ("only option named", _only_option),
     ("statement", _statement),
@@ -621,7 +698,7 @@ def _named(reply: _Reply, forms: Sequence[tuple[str, str]]) -> set[str]:
             if whole and not any(start <= at and end <= stop for start, stop in taken):
                 taken.append((at, end))
                 # "no" before a noun ("no dog") is read with its sentence, by the statement rule.
-                noun = not reply.letters and answer == "no" and _NEXT_WORD.match(low, end)
+                noun = form == "no" and _NEXT_WORD.match(low, end)
                 if not noun and not _NEGATED.search(low[max(0, at - 40) : at]) and not _REJECTED.match(low, end):
                     named.add(answer)
             at = low.find(form, end)
