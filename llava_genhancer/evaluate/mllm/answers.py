@@ -227,7 +227,7 @@ _CONJUNCTIONS = frozenset(("so", "therefore", "thus", "hence", "but", "rather", 
 
 
 class Reading(NamedTuple):
-    """What was read in a reply.
+    """Holds what was read in a reply.
 
     Attributes:
         answer: a letter, ``"yes"``, ``"no"``, or None.
@@ -283,7 +283,7 @@ def read_yes_or_no(reply: str, question: str = "") -> Reading:
 
 
 class _Offered(NamedTuple):
-    """The answers that a question offers; ``letters`` is empty for yes and no."""
+    """Holds the answers that a question offers; ``letters`` is empty for yes and no."""
 
     texts: Sequence[str]
     letters: str
@@ -291,9 +291,15 @@ class _Offered(NamedTuple):
     whole: dict[str, tuple[int, ...]]  # a text without case, emphasis and outer punctuation: the options that have it
     lettered: tuple[re.Pattern[str], ...]  # the texts that hold a letter of their own: "vitamin B"
     forms: tuple[tuple[str, str], ...]  # words by which a sentence names an answer, the longest first
+    starts: dict[str, list[tuple[str, str]]]  # the same by their first character
 
 
-_POLAR = _Offered((), "", {}, {}, (), tuple(sorted(_YES_NO, key=lambda entry: -len(entry[0]))))
+def _by_start(forms: Sequence[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
+    return {start: [entry for entry in forms if entry[0][0] == start] for start in {form[0] for form, _ in forms}}
+
+
+_POLAR_FORMS = tuple(sorted(_YES_NO, key=lambda entry: -len(entry[0])))
+_POLAR = _Offered((), "", {}, {}, (), _POLAR_FORMS, _by_start(_POLAR_FORMS))
 
 
 @lru_cache(maxsize=4096)
@@ -320,11 +326,12 @@ def _offered(options: tuple[str, ...]) -> _Offered:
         for option in options if len(option) > 1 and re.search(rf"\b[{LETTERS}]\b", option)
     )  # fmt: skip
     usable = ((form, letter) for form, letter in forms if form and not (len(form) == 1 and form.isalpha()))
-    return _Offered(options, letters, exact, whole, lettered, tuple(sorted(usable, key=lambda entry: -len(entry[0]))))
+    ordered = tuple(sorted(usable, key=lambda entry: -len(entry[0])))
+    return _Offered(options, letters, exact, whole, lettered, ordered, _by_start(ordered))
 
 
 class _Reply:
-    """A reply prepared for the rules: its text without reasoning and emphasis, and the answers that were offered."""
+    """Holds a prepared reply: its text without reasoning and emphasis, and the answers that were offered."""
 
     def __init__(self, reply: str, offered: _Offered, question: str = "") -> None:
         self.marked: list[str] = []
@@ -346,12 +353,12 @@ class _Reply:
         return not _MAY_REFUSE.isdisjoint(self.words) and pattern.search(self.low) is not None
 
     def token(self, at: int) -> tuple[str, int] | None:
-        """The answer that stands at a place in the text, as an option's words, an ordinal or a letter, and its end."""
+        """Returns the answer (an option's words, an ordinal or a letter) at a place in the text, and where it ends."""
         low = self.low
         while low[at : at + 1] in (" ", '"', "'", "("):
             at += 1
         for start in (at, at + 2) if low.startswith("a ", at) else (at,):
-            for form, answer in self.forms:
+            for form, answer in self.offered.starts.get(low[start : start + 1], ()):
                 if low.startswith(form, start) and _ends(low, start + len(form), form):
                     return answer, start + len(form)
         if not self.letters:
@@ -386,7 +393,7 @@ class _Reply:
         return letter, end
 
     def own(self, letter: str, at: int) -> int | None:
-        """The end of an option's text that follows the option's letter: ``B. two``."""
+        """Returns the end of an option's text that follows the option's letter: ``B. two``."""
         while self.low[at : at + 1] and self.low[at] in " ).:,-\"'(":
             at += 1
         for form, answer in self.forms:
@@ -395,7 +402,7 @@ class _Reply:
         return None
 
     def commits(self, at: int, *, weak: bool) -> tuple[str, int] | None:
-        """The answer at a place, unless the reply rejects it there or names another one beside it."""
+        """Returns the answer at a place, unless the reply rejects that answer or names another one beside it."""
         found = self.token(at)
         if not found or _REJECTED.match(self.low, found[1]):
             return None
@@ -409,7 +416,7 @@ class _Reply:
         return None if weak and not _CLAUSE_END.match(self.low, end) else found
 
     def stated(self, start: int = 0) -> tuple[str, int] | None:
-        """The first answer after a cue such as "the answer is", or before a praise such as "is correct"."""
+        """Returns the first answer after a cue such as "the answer is", or before a praise such as "is correct"."""
         praised, hedged = None, []
         for found in _PRAISED.finditer(self.text, start) if self.letters else ():
             if found[1] in self.letters and not self.denied(found.start()):
@@ -435,11 +442,11 @@ class _Reply:
         return hedged[0] if len({answer for answer, _ in hedged}) == 1 else None
 
     def denied(self, at: int) -> bool:
-        """Whether the words before a place deny what follows or make it a condition."""
+        """Returns whether the words before a place deny what follows or make it a condition."""
         return _BEFORE.search(self.low[max(0, at - 40) : at]) is not None
 
     def corrected(self, committed: tuple[str, int] | None) -> str | None:
-        """The answer that stands after the reply's own corrections: "A... wait, B"."""
+        """Returns the answer that stands after the reply's own corrections: "A... wait, B"."""
         retracted = _RETRACTED if self.letters else _RETRACTED_POLAR
         while committed and (found := retracted.search(self.low, committed[1])):
             cue = _CUE.match(self.low, found.end())
@@ -450,7 +457,7 @@ class _Reply:
         return committed and committed[0]
 
     def lists(self) -> bool:
-        """Whether lines begin with the letters of several options."""
+        """Returns whether lines begin with the letters of several options."""
         if "\n" not in self.low:
             return False
         listed = set()
@@ -465,7 +472,7 @@ Rule = Callable[[_Reply], str | None]  # an answer, "" for "no answer", None for
 
 
 def _option(reply: _Reply) -> str | None:
-    """The whole reply is an option: as it is, else without case, emphasis, quotes and punctuation at its ends."""
+    """Reads a reply that is an option and nothing else: as it is, else without case, emphasis and outer punctuation."""
     plain = _edged(reply.low)
     if not reply.letters:
         return _WHOLE.get(plain)
@@ -480,13 +487,13 @@ def _option(reply: _Reply) -> str | None:
 
 
 def _marked(reply: _Reply) -> str | None:
-    """The last readable answer in a LaTeX box, an XML tag or a JSON field."""
+    """Reads the last answer in a LaTeX box, an XML tag or a JSON field."""
     answers = [_part(content, reply) for content in reply.marked]
     return next(filter(None, reversed(answers)), None) if answers else None
 
 
 def _final(reply: _Reply) -> str | None:
-    """The last "final answer" that is an answer."""
+    """Reads the last "final answer"."""
     if "final" not in reply.low:
         return None
     found = [reply.commits(m.end(), weak=False) for m in _FINAL.finditer(reply.low)]
@@ -494,7 +501,7 @@ def _final(reply: _Reply) -> str | None:
 
 
 def _leading(reply: _Reply) -> str | None:
-    """The reply begins with an answer that ends its clause; options listed one after the other are no answer."""
+    """Reads an answer that the reply begins with and that ends its clause; a list of the options is no answer."""
     at = _LEAD.match(reply.low).end()  # type: ignore[union-attr]  # matches the empty string too
     committed = reply.commits(at, weak=False)
     if not committed:
@@ -502,10 +509,10 @@ def _leading(reply: _Reply) -> str | None:
     answer, end = committed
     if not reply.letters:
         return None if _REFUSES.match(reply.low, at) else reply.corrected(committed)
-    follows = _NEXT.match(reply.low, end)
-    other = follows and follows[1].upper()
-    if follows and other != answer and (own := reply.own(other, follows.end())) and not _REJECTED.match(reply.low, own):
-        return None
+    if (follows := _NEXT.match(reply.low, end)) and (other := follows[1].upper()) != answer:
+        own = reply.own(other, follows.end())
+        if own and not _REJECTED.match(reply.low, own):
+            return None
     if reply.low[end : end + 1] == "?":  # "A? No, B."
         corrected = reply.corrected(committed)
         return None if corrected == answer else corrected
@@ -515,12 +522,12 @@ def _leading(reply: _Reply) -> str | None:
 
 
 def _stated(reply: _Reply) -> str | None:
-    """The first answer that a sentence commits to: "the answer is B", "so B", "B is correct"."""
+    """Reads the first answer that a sentence commits to: "the answer is B", "so B", "B is correct"."""
     return reply.corrected(reply.stated())
 
 
 def _last_line(reply: _Reply) -> str | None:
-    """The last of several lines is an answer and nothing else."""
+    """Reads the last of several lines, if that line is an answer and nothing else."""
     if "\n" not in reply.text:
         return None
     first, *_, last = reply.text.split("\n")
@@ -530,7 +537,7 @@ def _last_line(reply: _Reply) -> str | None:
 
 
 def _refusing_option(reply: _Reply) -> str | None:
-    """The reply refuses in the words of one option, or doubts where one option only is a doubt."""
+    """Reads a refusal in the words of one option, or any doubt where one option only is a doubt."""
     if not reply.refuses:
         return None
     named = _named(reply, [entry for entry in reply.forms if _REFUSES_ALL.search(entry[0])])
@@ -540,7 +547,7 @@ def _refusing_option(reply: _Reply) -> str | None:
 
 
 def _before_refusal(reply: _Reply) -> str | None:
-    """What the clauses before a refusal say: "The door is closed; I can't see inside"."""
+    """Reads the clauses before a refusal: "The door is closed; I can't see inside"."""
     refused = (_REFUSES_ALL if reply.letters else _REFUSES).search(reply.low) if reply.refuses else None
     cut = _CLAUSE_CUT.match(reply.low, 0, refused.start()) if refused else None
     if not cut or not (reply.letters or reply.question):
@@ -550,12 +557,12 @@ def _before_refusal(reply: _Reply) -> str | None:
 
 
 def _refusal(reply: _Reply) -> str | None:
-    """The reply refuses or cannot tell."""
+    """Reads a refusal or a doubt as no answer."""
     return "" if reply.refuses else None
 
 
 def _only_letter(reply: _Reply) -> str | None:
-    """One letter is named, negations aside; an A before a noun is an article."""
+    """Reads the only letter that is named, negations aside; an A before a noun is an article."""
     text = reply.text
     for option in reply.offered.lettered:
         text = option.sub("", text)
@@ -575,13 +582,13 @@ def _only_letter(reply: _Reply) -> str | None:
 
 
 def _only_option(reply: _Reply) -> str | None:
-    """One option's words are used, negations aside."""
+    """Reads the only option whose words are used, negations aside."""
     named = _named(reply, reply.forms)
     return (named.pop() if len(named) == 1 else "") if named else None
 
 
 def _statement(reply: _Reply) -> str | None:
-    """A sentence about what was asked affirms ("There is a dog") or denies ("There isn't")."""
+    """Reads a sentence about what was asked that affirms ("There is a dog") or denies ("There isn't")."""
     asked = _content(reply.question)
     for clause in _CLAUSES.split(reply.low):
         denies = _DENIES.search(clause)
@@ -630,7 +637,7 @@ def _read(reply: _Reply, rules: Sequence[tuple[str, Rule]]) -> Reading:
 
 
 def _part(content: str, reply: _Reply) -> str | None:
-    """The answer that a part of a reply is, without a sentence around it."""
+    """Returns the answer that a part of a reply is, without a sentence around it."""
     bare = content.strip(_BARE).upper()
     if len(bare) == 1 and bare in reply.letters:
         return bare
@@ -639,7 +646,7 @@ def _part(content: str, reply: _Reply) -> str | None:
 
 
 def _lines(text: str) -> str:
-    """The text without emphasis, with single spaces; lines stay apart."""
+    """Returns the text without emphasis and with single spaces; lines stay apart."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text).translate(_SIGNS)
     for sign in "*_`#":
@@ -651,7 +658,7 @@ def _lines(text: str) -> str:
 
 
 def _lower(text: str) -> str:
-    """The text in lower case, with every character in its place."""
+    """Returns the text in lower case, with every character in its place."""
     low = text.lower()
     return low if len(low) == len(text) else "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
 
@@ -674,7 +681,7 @@ def _edged(low: str) -> str:
 
 
 def _ends(low: str, end: int, form: str) -> bool:
-    """Whether a word ends at a place: "open" in "open." but not in "opened", "3" in "3." but not in "3.5"."""
+    """Returns whether a word ends at a place: "open" in "open." but not in "opened", "3" in "3." but not in "3.5"."""
     if end >= len(low) or not form[-1].isalnum():
         return True
     sign, following = low[end], low[end + 1 : end + 2]
@@ -686,7 +693,7 @@ def _ends(low: str, end: int, form: str) -> bool:
 
 
 def _named(reply: _Reply, forms: Sequence[tuple[str, str]]) -> set[str]:
-    """The answers whose words a reply uses without negation; a longer form hides the shorter ones inside it."""
+    """Returns the answers whose words a reply uses without negation; a longer form hides the shorter ones inside it."""
     named: set[str] = set()
     taken: list[tuple[int, int]] = []
     low = reply.low
@@ -710,7 +717,7 @@ def _content(text: str) -> set[str]:
 
 
 def _within(words: set[str], others: set[str]) -> bool:
-    """Whether all words are among the others, endings aside ("dogs" and "dog")."""
+    """Returns whether all words are among the others, endings aside ("dogs" and "dog")."""
     stems = {stem for other in others for stem in _stems(other)}
     return all(not stems.isdisjoint(_stems(word)) for word in words)
 
