@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -159,6 +160,28 @@ FORMS = (
 )  # fmt: skip
 
 
+COMMITMENTS = (
+    "{X}", "{X}.", "({X})", "({x}) {T}", "{X}. {T}.", "{X}) {T}", "The answer is {X}.", "The correct answer is {X}.",
+    "The correct answer is ({x}) {T}.", "Answer: {X}", "**{X}**", "**{X}. {T}**", "Option {X}",
+    "Option {X} is correct.",
+    "{T}", "{T}.", "The answer is {T}.", "I would choose {X}.", "It is {X}.", "So {X}.", "So the answer is ({X}).",
+    "Based on the image, the answer is {X}.", "Based on the image, the correct answer is:\n\n**{X}. {T}**",
+)  # fmt: skip
+EXPLANATIONS = (
+    "Option {Y} is incorrect.", "Option {Y} does not match.", "{Y} is wrong.", "({Y}) is wrong.", "Not {Y}.",
+    "The other option, {Y}, is wrong.", "Option {Y} ({U}) is not correct.", "{U} is incorrect.", "It is not {U}.",
+    "Explanation: {Y} is false.", "The reason is that {Y} does not match.", "I cannot see anything for {Y}.",
+    "Unlike {Y}, this matches.", "{Y}. {U} is incorrect.", "({y}) {U} is incorrect.", "{Y} would be wrong.",
+    "If it were {Y}, the image would differ.", "Therefore, {Y} is not the answer.", "The answer is not {Y}.",
+    "So the answer cannot be {Y}.", "Note that {Y} is a distractor.", "Option {Y} shows {U}.", "I cannot see {U} here.",
+)  # fmt: skip
+
+
+def fill(form: str, options: Sequence[str], right: int, other: int) -> str:
+    x, y = LETTERS[right], LETTERS[other]
+    return form.format(X=x, x=x.lower(), T=options[right], Y=y, y=y.lower(), U=options[other])
+
+
 def real_options() -> list[tuple[str, ...]]:
     """MMVP-like pairs of two real answers, and all objects of POPE in fours."""
     hallusion = json.loads((DATA / "HallusionBench.json").read_text())
@@ -177,10 +200,24 @@ def pope() -> list[dict[str, str]]:
 def test_forms_on_real_options() -> None:
     wrong = []
     for options in real_options():
-        for i, text in enumerate(options):
+        for i in range(len(options)):
             other = (i + 1) % len(options)
             for form in FORMS:
-                reply = form.format(X=LETTERS[i], x=LETTERS[i].lower(), T=text, Y=LETTERS[other], U=options[other])
+                reply = fill(form, options, i, other)
+                if choice(reply, options) != LETTERS[i]:
+                    wrong.append((options, reply, LETTERS[i], read_choice(reply, options)))
+    assert not wrong, (len(wrong), wrong[:5])
+
+
+@needs
+def test_explained_answers_on_real_options() -> None:
+    """Every commitment before every explanation, in one line and in two."""
+    wrong = []
+    for options in real_options()[::40]:
+        for i in range(len(options)):
+            for commitment, explanation, between in itertools.product(COMMITMENTS, EXPLANATIONS, (" ", "\n\n")):
+                stop = "." if between == " " and commitment[-1] not in ".*" else ""
+                reply = fill(commitment + stop + between + explanation, options, i, (i + 1) % len(options))
                 if choice(reply, options) != LETTERS[i]:
                     wrong.append((options, reply, LETTERS[i], read_choice(reply, options)))
     assert not wrong, (len(wrong), wrong[:5])
@@ -238,52 +275,35 @@ def test_real_reference_answers() -> None:
 # --- properties ------------------------------------------------------------------------------------------------------
 words = st.from_regex(r"[A-Za-z][a-z]{2,9}( [a-z]{3,9}){0,3}", fullmatch=True)
 option_lists = st.lists(words, min_size=2, max_size=5, unique_by=str.lower)
-explanations = st.lists(
-    st.sampled_from(
-        (
-            "Option {Y} is wrong.", "{Y} does not match.", "Note that {Y} is a distractor.", "({Y}) {U} is incorrect.",
-            "I cannot see {U} here.", "{U} would look different.", "It is not {U}.", "Unlike {Y}, it fits the image.",
-            "So {Y} cannot be right.", "This is clear from the image.", "Option {Y} shows {U}.",
-            "The others do not fit.",
-        )
-    ),
-    max_size=3,
-)  # fmt: skip
-commitments = st.sampled_from(
-    (
-        "{X}.", "({X}) ", "{X}. {T}.", "{X}\n\n", "The answer is {X}.", "The correct answer is {X}. {T}.", "**{X}**.",
-        "Answer: {X}\n", "Option {X}.", "({x}) {T}.", "The answer is {T}.", "I choose {X}.", "{T}.",
-        "So the answer is ({X}).",
-    )
-)  # fmt: skip
-
-
-def fill(form: str, options: Sequence[str], right: int, other: int) -> str:
-    return form.format(X=LETTERS[right], x=LETTERS[right].lower(), T=options[right], Y=LETTERS[other], U=options[other])
 
 
 def apart(options: Sequence[str]) -> bool:
     """No option's words inside another's, none that the sentences around them use."""
-    used = set(re.findall(r"[a-z']+", " ".join((*map(str.lower, FORMS), "not cannot see here but no so is it wait"))))
+    used = set(
+        re.findall(
+            r"[a-z']+",
+            " ".join((*map(str.lower, FORMS + COMMITMENTS + EXPLANATIONS), "not cannot see here but no so is it wait")),
+        )
+    )
     lists = [set(option.lower().split()) for option in options]
     return not any(a & b for i, a in enumerate(lists) for b in lists[:i]) and not any(x & used for x in lists)
 
 
-@settings(max_examples=400, deadline=None)
-@given(option_lists, st.data(), commitments, explanations, st.sampled_from((" ", "\n", "\n\n")))
+@settings(max_examples=150, deadline=None)
+@given(option_lists, st.data(), st.sampled_from(COMMITMENTS), st.lists(st.sampled_from(EXPLANATIONS), max_size=3))
 def test_the_first_committed_answer_counts(
-    options: list[str], data: st.DataObject, commitment: str, explained: list[str], between: str
+    options: list[str], data: st.DataObject, commitment: str, explained: list[str]
 ) -> None:
     assume(apart(options))
     right, other = data.draw(st.permutations(range(len(options))))[:2]
-    reply = between.join(fill(form, options, right, other) for form in (commitment, *explained))
+    reply = "\n".join(fill(form, options, right, other) for form in (commitment, *explained))
     assert choice(reply, options) == LETTERS[right], (reply, read_choice(reply, options))
 
 
 texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=25).map(str.strip)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(texts.filter(bool), min_size=2, max_size=5, unique=True))
 @example(["Happy Easter", "Happy Easter!"])
 @example(["<", ">", "="])
@@ -299,11 +319,11 @@ def test_an_option_s_own_text_is_that_option(options: list[str]) -> None:
         assert choice(f" {option}\n", options) == letter
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     option_lists,
     st.data(),
-    commitments,
+    st.sampled_from(COMMITMENTS),
     st.sampled_from(("{}", "**{}**", "*{}*", "{}  ", " {}\n", "{}.", "`{}`", "__{}__")),
 )
 def test_case_emphasis_and_full_stops_change_nothing(
@@ -316,7 +336,7 @@ def test_case_emphasis_and_full_stops_change_nothing(
         assert choice(variant, options) == LETTERS[right], (variant, read_choice(variant, options))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from([row for row in table() if isinstance(QUESTIONS[row.question], str)]),
     st.sampled_from(("upper", "lower")),
@@ -326,7 +346,7 @@ def test_case_of_a_yes_or_no(row: Row, case: str) -> None:
     assert read(QUESTIONS[row.question], getattr(row.reply, case)()).answer == row.answer
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.text(max_size=80), st.lists(st.text(max_size=12), min_size=1, max_size=8))
 def test_any_text_is_read(reply: str, options: list[str]) -> None:
     answer = choice(reply, options)

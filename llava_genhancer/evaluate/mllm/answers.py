@@ -32,6 +32,7 @@ _MARKED = re.compile(
       (?: "((?:[^"\\]|\\.)*)" | '([^']*)' | ([^\s,}\]]+) )"""
 )
 _TEX = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mathit|rm)\b\s*|\\[()\[\]]|[${}]")
+_EMPHASISED = re.compile(r"(\*\*?|__?|`)\(?([A-Ha-h])\)?\1(?!\w)")  # "**B**" becomes "(B)"
 _SIGNS = str.maketrans("’‘“”。、", "''\"\".,")
 _BARE = " .,:;!?()[]<>\"'\n\t*_`#"  # around a reply that is an answer and nothing else
 
@@ -91,8 +92,9 @@ _LEAD = re.compile(
     r"[\s>•\"'(\[-]*(?:(?:assistant|ai|gpt)\s*:\s*)?(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer|选项)\s*)?"
 )
 _CLAUSE_END = re.compile(
-    rf"""(?x) \s*(?:$|\n) | [)\].:,;!]+(?:\s|$|[^\x00-\x7f]) | \s*[—–(=] | \s+- | \.\. | …
-    | \s+(?:because|since|as|due|for|given|not|rather|instead|over|here|if|选项)\b | {_AFFIRMED} | \s*[^\x00-\x7f]"""
+    rf"""(?x) ["')\]]* (?: \s*(?:$|\n) | [)\].:,;!]+(?:\s|$|[^\x00-\x7f]) | \s*[—–(=] | \s+- | \.\. | …
+    | \s+(?:because|since|as|due|for|given|not|rather|instead|over|here|if|选项)\b | {_AFFIRMED} | \s*[^\x00-\x7f]
+    | (?<=[)\]])\s )"""
 )
 _NO_ARTICLE = re.compile(
     r"\s+(?:is|was|because|since|as|but|and|or|with|for|the|this|that|it|there|due|given|not|would|could|cannot|can't"
@@ -100,7 +102,7 @@ _NO_ARTICLE = re.compile(
     r"|seems|looks|appears|shows|has|does|did|must|best|rather|over|contains|depicts|describes)\b"
 )
 _REJECTED = re.compile(
-    r"""(?x) [)\]"':,?!]*\s*(?:\([^)\n]*\)\s*)? (?: cannot\b|can't\b|不 |
+    r"""(?x) [)\]"':,?!]*[ ]*(?:\((?![a-h]\))[^)\n]*\)[ ]*)? (?: cannot\b|can't\b|不 |
     (?:is|are|was|does|do|did|could|would|should|has|seems?|looks?|appears?)
     (?: n't | \s+(?:(?:also|clearly|definitely|probably|obviously|simply|the|therefore)\s+)*
       (?:not|incorrect|inaccurate|invalid|wrong|false|untrue|unlikely|less|impossible|out|eliminated|excluded
@@ -649,6 +651,8 @@ def _lines(text: str) -> str:
     """Returns the text without emphasis and with single spaces; lines stay apart."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text).translate(_SIGNS)
+    if "*" in text or "_" in text or "`" in text:
+        text = _EMPHASISED.sub(r"(\2)", text)
     for sign in "*_`#":
         if sign in text:
             text = text.replace(sign, "")
