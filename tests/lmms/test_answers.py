@@ -375,7 +375,7 @@ def replies_of_a_benchmark(number: int) -> list[tuple[tuple[str, ...] | str, str
 
 
 def test_speed() -> None:
-    """CPU time of one core. An idle core reads above 10^5 replies a second."""
+    """CPU time of one core, which reads about 10^5 replies a second."""
     mix, best = replies_of_a_benchmark(4000), float("inf")
     for _ in range(3):
         start = time.process_time()
