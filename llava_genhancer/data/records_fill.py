@@ -234,11 +234,10 @@ class _Ranks:
     @contextlib.contextmanager
     def sharing(self) -> Iterator[None]:
         """Around a rank's share: an error ends the other ranks too."""
-        mine = self.folder / f".rank-{self.rank}.json"
         try:
             self.note("starting")
             yield
-        except Exception as error:
+        except Exception as error:  # this rank's note stays: should the next line fail too, the others find no process
             why = str(error)
             if not isinstance(error, InputError):
                 why = f"rank {self.rank} could not write its share of the cache: {reason(error)}"
@@ -247,9 +246,8 @@ class _Ranks:
                 with contextlib.suppress(OSError):
                     self._write(failed, why=why)
             raise
-        finally:
-            with contextlib.suppress(OSError):
-                mine.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (self.folder / f".rank-{self.rank}.json").unlink(missing_ok=True)
 
     def note(self, doing: str) -> None:
         """Write down what this rank does now, once in a while.
@@ -261,6 +259,9 @@ class _Ranks:
             return
         self._looked = time.monotonic()
         self._write(self.folder / f".rank-{self.rank}.json", doing=doing)
+        self._check()
+
+    def _check(self) -> None:
         if (failed := self._read(self.folder / ".failed.json")) is not None:
             raise InputError(failed.get("why", "another rank has failed"))
 
@@ -288,6 +289,7 @@ class _Ranks:
         notes = {rank: self._read(self.folder / f".rank-{rank}.json") for rank in sorted(others)}
         for rank, note in notes.items():
             if note is not None and _ended(note):
+                self._check()
                 raise InputError(
                     f"rank {rank} (process {note.get('pid')} on {note.get('host')}) has ended and left {self.folder} "
                     "incomplete: see its output, then repeat the command, which goes on with the units that are missing"

@@ -1,5 +1,6 @@
 """Several ranks and several runs on one cache folder: real processes, with a gloo process group or without."""
 
+import errno
 import io
 import json
 import multiprocessing
@@ -61,7 +62,7 @@ def rank_of_a_run(
             IndexedSource(UNITS * CHUNK, sample), view, {"targets": layer}, {"targets": encode}, torch.device("cpu"),
             announce=lambda missing: None, batch_size=1, num_workers=0, max_bad_fraction=0.5, timeout_minutes=minutes,
         )  # fmt: skip
-    except InputError as error:
+    except (InputError, OSError, ZeroDivisionError) as error:
         outcome = str(error)
     result.write_text(outcome)
     os._exit(0)  # no group teardown: the other rank may have ended
@@ -159,6 +160,16 @@ def crashes(views: torch.Tensor) -> torch.Tensor:
     raise ZeroDivisionError("a bug")
 
 
+def full_disk(views: torch.Tensor) -> torch.Tensor:
+    """Nothing can be written any more, not even that."""
+
+    def write(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    records_fill.run.write_json = write
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def kills_itself(views: torch.Tensor) -> torch.Tensor:
     os.kill(os.getpid(), signal.SIGKILL)
     return views
@@ -182,6 +193,7 @@ def test_an_error_of_one_rank_ends_the_others_with_the_same_words(tmp_path: Path
     ("encode", "minutes", "words"),
     [
         (crashes, 30.0, "rank 1 could not write its share of the cache: a bug"),
+        (full_disk, 30.0, r"rank 1 \(process \d+ on .*\) has ended and left .* incomplete"),
         (kills_itself, 30.0, r"rank 1 \(process \d+ on .*\) has ended and left .* incomplete"),
         (
             hangs,
