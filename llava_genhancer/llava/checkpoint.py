@@ -23,6 +23,8 @@ from llava_genhancer.llava.tokenizer import load_tokenizer
 from llava_genhancer.tower.export import find_file
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# Where a language model came from, how it was stored, and code beside it: none of it holds for a LLaVA made of it.
+NOT_EXPORTED = ("_name_or_path", "auto_map", "dtype", "quantization_config", "transformers_version")
 SHARD_BYTES = 5_000_000_000
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
@@ -32,7 +34,7 @@ class Checkpoint:
     """A whole LLaVA but for the tower's weights, which stay in the tower's folder.
 
     Attributes:
-        llm_config: the language model's ``config.json``, verbatim.
+        llm_config: the language model's ``config.json``, from :func:`raw_config`.
         companions: folder or hub id of its tokenizer and generation config.
         tower: folder or hub id of the vision tower.
         language: the causal language model's weights by their own names (``model.*``, ``lm_head.weight``).
@@ -52,14 +54,14 @@ class Checkpoint:
 
 
 def raw_config(name: str) -> dict[str, Any]:
-    """``config.json`` as it is: what an old reader understands must not be re-written by a new transformers.
+    """Return ``config.json`` as it is but for NOT_EXPORTED: a new transformers must not re-write what old ones read.
 
     Where a new one wrote it, RoPE's base is put where old readers look for it; they would take 10 000 in silence.
     """
     path = find_file(local(name), "config.json")
     if path is None:
         raise InputError(f"{name} has no config.json")
-    config = dict(run.read_json(path))
+    config = {k: v for k, v in run.read_json(path).items() if k not in NOT_EXPORTED}
     base = (config.get("rope_parameters") or {}).get("rope_theta")
     return config if base is None else {"rope_theta": base, **config}
 

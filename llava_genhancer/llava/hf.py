@@ -24,9 +24,6 @@ from llava_genhancer.llava.dataset import load_image_processor
 from llava_genhancer.llava.model import SELECT_STRATEGY, load_tower, local
 from llava_genhancer.llava.tokenizer import save_hf_tokenizer
 
-# Where the language model came from, how it was stored, and code beside it: none of it holds for the whole LLaVA.
-NOT_EXPORTED = ("_name_or_path", "auto_map", "dtype", "quantization_config", "transformers_version")
-
 
 def write_hf(checkpoint: Checkpoint, folder: Path) -> None:
     """The whole folder."""
@@ -49,8 +46,7 @@ def write_hf_companions(checkpoint: Checkpoint, folder: Path) -> int:
     model_type = checkpoint.llm_config["model_type"]
     tied = bool(language_config(checkpoint.llm_config, checkpoint.companions).tie_word_embeddings)
     # vLLM and others choose the language model's class by its architectures.
-    text = {k: v for k, v in checkpoint.llm_config.items() if k not in NOT_EXPORTED}
-    text["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
+    text = {**checkpoint.llm_config, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]}
     run.write_json(
         folder / "config.json",
         {

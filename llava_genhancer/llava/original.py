@@ -20,6 +20,7 @@ from llava_genhancer.convert.hf import BUFFERS
 from llava_genhancer.errors import InputError
 from llava_genhancer.files import expand
 from llava_genhancer.llava.checkpoint import (
+    NOT_EXPORTED,
     Checkpoint,
     check_weights,
     generation_config,
@@ -212,8 +213,4 @@ def _module(name: str) -> str:
 def _language_keys(model_type: str) -> set[str]:
     """The keys of a language model's ``config.json`` that are its own, not the original LLaVA's additions."""
     known = set(CONFIG_MAPPING[model_type]().to_dict())
-    return (known | {"rope_theta", "rope_scaling", "head_dim"}) - {
-        "_name_or_path",
-        "architectures",
-        "transformers_version",
-    }
+    return (known | {"rope_theta", "rope_scaling", "head_dim"}) - {"architectures", *NOT_EXPORTED}

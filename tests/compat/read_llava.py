@@ -16,12 +16,21 @@ from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlavaForConditionalGeneration
+from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 
 def keys(info: dict) -> dict:
     """What loading missed or could not place."""
     return {k: sorted(map(str, info[k])) for k in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+
+
+def processor_loads(folder: str) -> bool:
+    """Whether this transformers takes the exported processor, whose padding it cannot do."""
+    try:
+        AutoProcessor.from_pretrained(folder)
+    except TypeError:
+        return False
+    return True
 
 
 @torch.no_grad()
@@ -62,7 +71,8 @@ def main(folder: str, inputs_file: str, outputs_file: str) -> None:
         "said_by_hf": said_by_hf[:, words["input_ids"].shape[1] :],
     }
     save_file({k: v.contiguous() for k, v in results.items()}, outputs_file)
-    print(json.dumps({"transformers": transformers.__version__, "llava": keys(info), "hf": keys(hf_info)}))
+    report = {"transformers": transformers.__version__, "llava": keys(info), "hf": keys(hf_info)}
+    print(json.dumps({**report, "processor_loads": processor_loads(f"{folder}/hf")}))
 
 
 if __name__ == "__main__":

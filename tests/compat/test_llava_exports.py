@@ -96,6 +96,7 @@ def test_the_original_code_reads_what_we_export(tiny_clip: Path, tmp_path: Path,
     assert report["transformers"] == "4.37.2"
     nothing: dict[str, list[str]] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
     assert report["hf"] == nothing
+    assert not report["processor_loads"], "it would crop or distort in silence: the processor needs transformers 4.50"
     # The original builds its tower later, from the tower's own folder.
     assert report["llava"] == nothing
     theirs = load_file(tmp_path / "outputs.safetensors")
