@@ -49,7 +49,10 @@ def check_lmms_eval() -> None:
         InputError: lmms-eval is not installed.
     """
     if importlib.util.find_spec("lmms_eval") is None:
-        raise InputError("lmms-eval is not installed, and the chain ends with it: pip install 'llava-genhancer[eval]'")
+        raise InputError(
+            "lmms-eval is not installed, and the chain ends with it: pip install -e '.[eval]' in a clone of "
+            "llava_genhancer"
+        )
 
 
 def llava_data(preset: str, root: Path | None) -> dict[str, Data]:

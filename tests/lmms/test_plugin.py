@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib
 from packaging.requirements import Requirement
 from scoring import TASKS, score, values
 from scoring import replies as random_replies
@@ -263,3 +266,27 @@ def test_two_ranks_of_the_real_command(data: Path, tmp_path: Path, lmms_environm
     for task in OPTIONS:
         assert values(found, task) == pytest.approx(score(task, TASKS[task], replies[task]))
     assert done.stderr.count("task mmvp is ours") == 1
+
+
+def test_the_eval_extra_has_what_lmms_evals_models_import() -> None:
+    """lmms-eval asks for no decord, which README's models import at their top; any other import must be there."""
+    import lmms_eval
+
+    root = Path(__file__).parents[2]
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pins = (root / "constraints.txt").read_text().splitlines()
+    provided = {"decord": "decord2"}  # module to package
+    imported = set()
+    for name in ("llava_hf", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava_onevision"):
+        source = Path(str(lmms_eval.__file__)).parent / "models" / "simple" / f"{name}.py"
+        for node in ast.parse(source.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) and not node.level else []
+            imported |= {n.split(".")[0] for n in names}
+    for module in imported:
+        if package := provided.get(module):
+            assert any(Requirement(line).name == package for line in extras["eval"])
+            assert any(line.startswith(f"{package}==") for line in pins)
+        else:
+            assert importlib.util.find_spec(module) is not None, module
+    assert set(provided) <= imported, "if this fails, lmms-eval has dropped it: so may the extra"

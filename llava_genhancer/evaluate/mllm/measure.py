@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate.mllm.plugin import DATA_VARIABLE, MODEL, environment
+from llava_genhancer.evaluate.mllm.plugin import DATA_VARIABLE, INSTALL, MODEL, environment
 from llava_genhancer.evaluate.mllm.results import PROVENANCE, RESULTS
 from llava_genhancer.evaluate.mllm.start import checkpoint_folder
 from llava_genhancer.files import expand
@@ -62,7 +62,7 @@ def evaluate(
     try:
         importlib.metadata.version("lmms_eval")
     except importlib.metadata.PackageNotFoundError:
-        raise InputError("lmms-eval is not installed: pip install 'llava-genhancer[eval]'") from None
+        raise InputError(f"lmms-eval is not installed: {INSTALL} brings it") from None
     if data is not None and not Path(expand(data)).is_dir():
         raise InputError(f"--data {data} is not a folder")
     processes = processes or _gpus()

@@ -34,6 +34,7 @@ from llava_genhancer.files import expand
 from llava_genhancer.resources import resource_dir
 
 MODEL = "llava_genhancer"
+INSTALL = "pip install -e '.[eval]' in a clone of llava_genhancer"
 CLASS_PATH = "llava_genhancer.evaluate.mllm.model.LlavaGenhancer"
 DEFAULT_MODEL = "hf"  # what `lmms-eval` without --model asks for
 TASKS = "lmms_eval.tasks"
@@ -207,7 +208,7 @@ def _check_version() -> None:
     for line in importlib.metadata.requires("llava-genhancer") or ():
         wanted = Requirement(line)
         if wanted.name == "lmms-eval" and not wanted.specifier.contains(found, prereleases=True):
-            _say(f"made for lmms-eval{wanted.specifier}, found {found}: pip install 'llava-genhancer[eval]' fits them")
+            _say(f"made for lmms-eval{wanted.specifier}, found {found}: {INSTALL} brings a version that fits")
             return
 
 
@@ -215,7 +216,7 @@ def _say_lost(error: Exception) -> None:
     _say(
         f"OUR TASKS ARE MISSING: lmms-eval {importlib.metadata.version('lmms_eval')} is not as expected "
         f"({type(error).__name__}: {reason(error)}). {', '.join(TAKEN_OVER)} now mean lmms-eval's own tasks; "
-        "pip install 'llava-genhancer[eval]' brings a version that fits"
+        f"{INSTALL} brings a version that fits"
     )
 
 

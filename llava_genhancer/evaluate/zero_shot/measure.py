@@ -152,7 +152,9 @@ def retrieve(tower: Tower, data: Retrieval, batch_size: int = 64, progress: bool
     try:
         from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
     except ImportError:
-        raise InputError("clip_benchmark is not installed: pip install 'llava-genhancer[eval]'") from None
+        raise InputError(
+            "clip_benchmark is not installed: pip install -e '.[eval]' in a clone of llava_genhancer"
+        ) from None
     if len(data.images) < K:
         raise InputError(f"{data.path} has {len(data.images)} images: recall@{K} needs {K}")
     captions = [text for texts in data.captions for text in texts]

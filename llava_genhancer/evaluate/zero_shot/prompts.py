@@ -44,7 +44,7 @@ def templates_of(name: str, folder: Path) -> tuple[str, ...]:
         if not packaged:
             raise InputError(
                 f"{folder} brings no {own.name}, and clip_benchmark, which has prompts for the usual sets, is not "
-                "installed: pip install 'llava-genhancer[eval]'"
+                "installed: pip install -e '.[eval]' in a clone of llava_genhancer"
             )
         found = packaged.get(name) or packaged["imagenet1k"]
     without = [t for t in found if PLACE not in t]
