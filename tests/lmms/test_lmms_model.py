@@ -8,13 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import hub
 import pytest
 import torch
+from lmms_eval.api import task as lmms_task
 from lmms_eval.api.instance import Instance
 from PIL import Image
 from scoring import TASKS
@@ -237,7 +238,7 @@ def test_decoding(settings: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def spoilt(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def spoilt(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of ScienceQA whose document 2 is far too long, and whose document 5 has bytes for an image."""
     import datasets
 
@@ -258,7 +259,9 @@ def spoilt(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 shutil.copy(kept, target)
     monkeypatch.setenv("LLAVA_GENHANCER_DATA", str(tmp_path / "spoilt"))
     monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "datasets"))
-    return tmp_path / "spoilt"
+    lmms_task._resolve_hf_datasets_cache_dir.cache_clear()  # `datasets` takes this copy for the other one
+    yield tmp_path / "spoilt"
+    lmms_task._resolve_hf_datasets_cache_dir.cache_clear()
 
 
 @pytest.mark.parametrize("answer", ["likelihood", "generate"])
