@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from packing import encoded, picture, write_shards, write_tar
 from PIL import Image
 
 from llava_genhancer.data.decode import BadImage
-from llava_genhancer.data.images import IndexedSource, RawSample, ShardSource, fingerprint, open_source
+from llava_genhancer.data.images import IndexedSource, ParquetSource, RawSample, ShardSource, fingerprint, open_source
 from llava_genhancer.errors import InputError
 
 
@@ -367,3 +369,227 @@ def test_a_source_is_known_wherever_it_lies(tmp_path, shards) -> None:
     one = fingerprint(open_source(str(moved / "images")))
     Image.new("RGB", (9, 9)).save(moved / "images" / "b.png")
     assert fingerprint(open_source(str(moved / "images"))) != one
+
+
+# --- which of a folder's files are the data -----------------------------------------------------------------------
+
+
+def rows(path: Path, seeds: list[int], **options) -> None:
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_table(pyarrow.table({"image": [encoded(picture(seed)) for seed in seeds], "n": seeds}), path, **options)
+
+
+def metadata(path: Path) -> None:
+    """As img2dataset writes beside each shard."""
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    write_table(pyarrow.table({"url": ["http://a"], "key": ["000"], "status": ["success"]}), path)
+
+
+def test_shards_in_folders_are_taken_before_their_metadata(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (path,) = write_shards(tmp_path / "cc3m" / folder, [3])
+        metadata(path.with_suffix(".parquet"))
+    for path in ("cc3m", "cc3m/**/*.tar"):
+        found = keys(open_source(str(tmp_path / path)))
+        assert found == [f"{folder}/00000.tar:{i:06}" for folder in "ab" for i in range(3)], "no key twice"
+    with pytest.raises(InputError, match="has no image column among url, key, status"):
+        open_source(str(tmp_path / "cc3m" / "a" / "00000.parquet"))
+
+
+def test_images_in_folders_are_taken_before_their_metadata(tmp_path: Path) -> None:
+    """img2dataset's ``--output_format files``."""
+    (tmp_path / "00000").mkdir()
+    (tmp_path / "00000" / "000.jpg").write_bytes(encoded(picture(0)))
+    metadata(tmp_path / "00000.parquet")
+    assert keys(open_source(str(tmp_path))) == ["00000/000.jpg"]
+
+
+def test_shards_beside_images_are_not_guessed_about(tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards", [1])
+    (tmp_path / "a.jpg").write_bytes(encoded(picture(0)))
+    with pytest.raises(InputError, match=r"1 tar shards \(first shards/00000.tar\) and 1 images \(first a.jpg\): give"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("names", "taken"),
+    [
+        (["data/train-00000-of-00001-ab.parquet", "data/test-00000-of-00001-ab.parquet"], 1),
+        (["train/0000.parquet", "validation/0000.parquet", "test/0000.parquet"], 1),
+        (["default/train/0.parquet", "default/val/0.parquet"], 1),
+        (["0000.parquet", "dev.parquet"], 1),
+        (["test/0.parquet", "test/1.parquet"], 2),
+        (["latest/0.parquet", "contest-trains/1.parquet"], 2),
+        (["mytest_train/0-train.parquet", "test_sets/train.parquet"], 2),
+        (["cc3m/train/0.tar", "cc3m/val/0.tar"], 1),
+        (["train-0.tar", "validation-0.tar"], 1),
+    ],
+)
+def test_test_and_validation_files_are_left_out_and_named(
+    tmp_path: Path, names: list[str], taken: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".tar"):
+            write_tar(tmp_path / name, [(f"{number}.png", encoded(picture(number)))])
+        else:
+            rows(tmp_path / name, [number])
+    images = outcomes(open_source(str(tmp_path)))
+    assert len(images) == taken
+    assert all(same(image, number) for number, image in enumerate(images)), "the first ones"
+    assert ("left out" in caplog.text and names[-1] in caplog.text) == (taken < len(names))
+
+
+def test_empty_shards_are_skipped_wherever_they_stand(tmp_path: Path) -> None:
+    for empty in (0, 1, 2):
+        paths = write_shards(tmp_path, [2, 2, 2])
+        paths[empty].write_bytes(b"")
+        source = open_source(str(tmp_path))
+        assert len(samples(source)) == 5
+        assert [s.key for s in samples(source) if s.data is None] == [f"0000{empty}.tar:"]
+        assert source.estimate() > 0
+    for path in paths:
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match=r"shard .*00000.tar is no readable"):
+        open_source(str(tmp_path))
+
+
+def test_other_names_of_images_are_read_and_the_rest_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from PIL import features
+
+    good = ["a.jfif", "b.JPE", "c.img", "d.jpg"]
+    for name in good:
+        (tmp_path / name).write_bytes(encoded(picture(0), "JPEG"))
+    if features.check("avif"):
+        good.append("e.avif")
+        (tmp_path / "e.avif").write_bytes(encoded(picture(0), "AVIF"))
+    (tmp_path / "f.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+    (tmp_path / "g.img").write_bytes(b"a disk")
+    for name in ("._a.jfif", "._d.jpg"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    (tmp_path / "h.xyz").write_bytes(b"")
+    (tmp_path / "plain").write_bytes(b"")
+    (tmp_path / "a.txt").write_bytes(b"a caption")
+    source = open_source(str(tmp_path))
+    read = {sample.key: outcome for sample, outcome in zip(samples(source), outcomes(source), strict=True)}
+    assert [key for key, outcome in read.items() if not isinstance(outcome, str)] == sorted(good)
+    assert {k: v for k, v in read.items() if isinstance(v, str)} == {
+        "f.heic": "HEIC, which is not read",
+        "g.img": "not an image",
+    }
+    assert isinstance(source, IndexedSource)
+    assert source.passed_over == {"._*": 2, ".xyz": 1, "": 1, ".txt": 1}
+    assert "1 .xyz" in caplog.text
+    assert "1 without suffix" in caplog.text
+
+
+def test_what_macos_leaves_in_a_tar_is_no_image(tmp_path: Path) -> None:
+    members = [("._a.png", b"\0\5\x16\7"), ("a.png", encoded(picture(0))), ("b/._c.png", b"\0\5\x16\7")]
+    write_tar(tmp_path / "a.tar", members)
+    assert keys(open_source(str(tmp_path))) == ["a.tar:a"]
+
+
+# --- parquet in place ---------------------------------------------------------------------------------------------
+
+
+def test_parquet_is_read_where_it_lies(tmp_path: Path) -> None:
+    """Nothing is copied, so that HF_HOME need not be writable."""
+    rows(tmp_path / "data" / "a.parquet", [0, 1, 2])
+    program = (
+        f"from llava_genhancer.data.images import open_source\nsource = open_source({str(tmp_path / 'data')!r})\n"
+        "print(sum(sample.image().size == (12, 10) for sample in source.read(0)))"
+    )
+    (tmp_path / "file").write_text("no folder")
+    env = {**os.environ, "HF_HOME": str(tmp_path / "file" / "home")}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, timeout=120)
+    assert done.stdout.split() == ["3"], done.stderr
+
+
+@pytest.mark.parametrize("group", [1, 7, 400, 5000])
+def test_rows_come_in_order_whatever_the_row_groups(tmp_path: Path, group: int) -> None:
+    rows(tmp_path / "a.parquet", list(range(2500)), row_group_size=group)
+    rows(tmp_path / "b.parquet", list(range(2500, 2510)))
+    source = open_source(str(tmp_path))
+    found = samples(source)
+    assert [s.key for s in found] == [f"a.parquet:{i}" for i in range(2500)] + [f"b.parquet:{i}" for i in range(10)]
+    assert all(same(found[i].image(), i) for i in (0, 1, 999, 1000, 1001, 2499, 2500, 2509))
+    assert len(source) <= 5, "small row groups are read together"
+
+
+def test_a_large_row_group_is_not_held_in_memory(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow.parquet import ParquetWriter
+
+    schema = pyarrow.schema([("image", pyarrow.binary())])
+    with ParquetWriter(tmp_path / "a.parquet", schema, compression="none", use_dictionary=False) as writer:
+        writer.write_table(pyarrow.table({"image": [os.urandom(1 << 20) for _ in range(300)]}, schema))
+    source = ParquetSource([str(tmp_path / "a.parquet")], [(0, [0], 0, 300)], "image", None)
+    before = pyarrow.default_memory_pool().max_memory()
+    assert sum(len(sample.data or b"") for sample in source.read(0)) == 300 << 20
+    assert pyarrow.default_memory_pool().max_memory() < max(before, 150 << 20)
+
+
+def test_damaged_rows_count_each(tmp_path: Path) -> None:
+    rows(tmp_path / "a.parquet", list(range(30)), row_group_size=30, compression="zstd", use_dictionary=False)
+    rows(tmp_path / "b.parquet", [30])
+    source = open_source(str(tmp_path))
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[4:400] = bytes(396)
+    (tmp_path / "a.parquet").write_bytes(content)
+    found = samples(source)
+    assert len(found) == 31
+    assert {s.problem.partition(" (")[0] for s in found[:30] if s.data is None} == {"unreadable row"}
+    assert found[30].data is not None
+    (tmp_path / "a.parquet").write_bytes(content[:500])
+    with pytest.raises(InputError, match=r"no rows can be read as parquet in .*a.parquet .*: fetch it again"):
+        open_source(str(tmp_path))
+
+
+def test_parquet_of_paths_needs_the_images_folder(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(encoded(picture(0)))
+    write_table(pyarrow.table({"image": ["a.png", "../b.png"]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a.parquet:0: a path and no bytes\); add --image_folder DIR"):
+        open_source(str(tmp_path / "a.parquet"))
+    image, outside = outcomes(open_source(str(tmp_path / "a.parquet"), str(tmp_path / "images")))
+    assert same(image, 0)
+    assert outside == "path leaves the image folder"
+
+
+# --- why none can be decoded --------------------------------------------------------------------------------------
+
+
+def test_an_error_names_the_first_image_its_reason_and_the_likely_cause(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "a.png").write_bytes(encoded(picture(0)))
+    for entries, folder, words in (
+        (["a.png"], tmp_path, r"a.png: file not found\); is image_folder .* the folder that the paths start from"),
+        (["/far/a.png"], images, r"/far/a.png: path leaves .*\); absolute paths must lie below image_folder .*images"),
+    ):
+        path = llava_json(tmp_path, [{"image": name} for name in entries])
+        with pytest.raises(InputError, match=words):
+            open_source(path, str(folder))
+    path = llava_json(tmp_path, [{"image": str(images / "a.png")}])
+    assert keys(open_source(path, str(images))) == ["a.png"], "as LLaVA takes it"
+    for name, content, words in (
+        (
+            "lfs",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
+            r"a.png: a git-lfs pointer.*git lfs pull",
+        ),
+        ("mac", None, r"holds no images \(passed over: 1 \._\*\)"),
+        ("bad", b"no image", r"the first of 1, a.png: not an image\); check the files"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ("._a.png" if content is None else "a.png")).write_bytes(content or b"\0")
+        with pytest.raises(InputError, match=words):
+            open_source(str(tmp_path / name))
