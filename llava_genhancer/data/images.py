@@ -204,6 +204,9 @@ def _ends(file: BinaryIO, offset: int) -> bool:
 class ParquetSource(ShardSource):
     """Parquet files read in place; what stands for a shard is a run of row groups, read front to back.
 
+    A reader holds one page of the column, compressed and not, whatever the size of a row group. A page is what the
+    writer made it: Arrow puts up to 1024 rows into one.
+
     Args:
         files: paths.
         units: (number of the file, its row groups, number of the first row, rows).

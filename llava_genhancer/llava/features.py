@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava_genhancer.data.decode import BadImage, refuse_fault
-from llava_genhancer.data.images import IndexedSource, RawSample, fingerprint
+from llava_genhancer.data.images import IndexedSource, RawSample
 from llava_genhancer.data.records import CHUNK, Layer, open_layer, units_of, weights_hash
 from llava_genhancer.data.records_fill import check_disk, fill
 from llava_genhancer.llava.dataset import ImageView, LlavaDataset
@@ -142,11 +142,9 @@ def open_features(
             return model.tower_features(pixels)
 
     images = Images(dataset.samples)
-    source = IndexedSource(len(images), images)
     facts = {
         "format": 1,
         "images": hashlib.sha256(images.digests.tobytes()).hexdigest()[:16],
-        "data": fingerprint(source),  # of some images' contents; every image's size is checked with its record
         "weights": weights_hash(tower.state_dict()),
         "processor": json.loads(dataset.view.processor.to_json_string()),
         "image_mode": table.image_mode,
@@ -154,6 +152,7 @@ def open_features(
         "arithmetic": f"{recipe.precision}{', autocast' * autocast}",
         "shape": model.features_shape,
     }
+    source = IndexedSource(len(images), images)
     # The projector computes in bf16 in either case: rounding before it changes nothing.
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     layer = open_layer(folder, "features", facts, dtype, crops=1, image_sizes=True)
