@@ -39,7 +39,7 @@ def write_hf_companions(checkpoint: Checkpoint, folder: Path) -> int:
     """
     vision = vision_config(checkpoint.tower)
     strategy = SELECT_STRATEGY[vision["model_type"].removesuffix("_vision_model")]
-    image_id = save_hf_tokenizer(checkpoint.companions, folder, get_template(checkpoint.conversation))
+    image_id = save_hf_tokenizer(checkpoint.companions, folder)
     words = checkpoint.llm_config["vocab_size"]
     rows = max(words, -(-(image_id + 1) // 64) * 64)
     dtype = str(checkpoint.dtype).removeprefix("torch.")

@@ -2,9 +2,12 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor
+from small_llama import train_pieces
 
 SENTENCES = [
     "A chat between a curious user and an artificial intelligence assistant.",
@@ -18,29 +21,28 @@ SENTENCES = [
 ]
 
 
-def write_tokenizer(folder: Path, *, legacy: bool | None = True, start: str = "USER: ") -> Path:
-    """A Llama tokenizer's folder; ``start`` in front of half of the sentences makes it, or its parts, one piece."""
+def write_tokenizer(
+    folder: Path,
+    *,
+    legacy: bool | None = True,
+    start: str = "USER: ",
+    symbols: Sequence[str] = (),
+    changes: dict[str, Any] | None = None,
+    **options: Any,
+) -> Path:
+    """A Llama tokenizer's folder.
+
+    Args:
+        start: stands in front of half of the sentences, which makes it, or its parts, one piece.
+        symbols: user-defined symbols.
+        changes: of ``tokenizer_config.json``.
+        options: of sentencepiece's trainer.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    text = folder / "text.txt"
-    text.write_text("\n".join([*SENTENCES, *(start + sentence + " ASSISTANT: yes" for sentence in SENTENCES)] * 5))
-    SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=520,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        minloglevel=2,
-    )
-    text.unlink()
-    settings: dict[str, object] = {
+    lines = [*SENTENCES, *(start + sentence + " ASSISTANT: yes" for sentence in SENTENCES)] * 5
+    pieces = train_pieces(lines, 520, symbols=symbols, split_digits=True, **options)
+    (folder / "tokenizer.model").write_bytes(pieces)
+    settings: dict[str, Any] = {
         "tokenizer_class": "LlamaTokenizer",
         "add_bos_token": True,
         "add_eos_token": False,
@@ -52,10 +54,12 @@ def write_tokenizer(folder: Path, *, legacy: bool | None = True, start: str = "U
     }
     if legacy is not None:
         settings["legacy"] = legacy
+    settings |= changes or {}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
 
+FLAGS = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
 SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2}
 
 
@@ -63,10 +67,25 @@ class SlowLlama:
     """Text between special tokens goes to sentencepiece by itself.
 
     Legacy: with a word boundary in front of each such text. Else: in front of a whole text only.
+
+    Args:
+        special: special tokens and their ids.
+        named: those that are begin, end, unknown, padding or additional_special_tokens; all if absent.
+        strips: special tokens with lstrip or rstrip.
     """
 
-    def __init__(self, folder: Path, *, legacy: bool):
-        self.legacy = legacy
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        legacy: bool,
+        special: dict[str, int] | None = None,
+        named: Sequence[str] | None = None,
+        strips: dict[str, str] | None = None,
+    ):
+        self.legacy, self.strips = legacy, strips or {}
+        self.special = SPECIAL if special is None else special
+        self.named = tuple(self.special) if named is None else tuple(named)
         model = (folder / "tokenizer.model").read_bytes()
         if not legacy:
             model += b"\x1a\x02\x18\x00"  # protobuf's last value counts: normalizer_spec.add_dummy_prefix = false
@@ -74,11 +93,23 @@ class SlowLlama:
 
     def __call__(self, text: str) -> list[int]:
         """Ids of a text without the opening token."""
-        if not self.legacy and text and not text.startswith(tuple(SPECIAL)):
+        if not self.legacy and text:
             text = "▁" + text.replace("▁", " ")
+        longest = sorted(self.special, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, longest))})", text)
+        if not self.legacy and parts[0] == "▁" and len(parts) > 1 and parts[1] in self.named:
+            parts[0] = ""
+        for place in range(1, len(parts), 2):
+            strip = self.strips.get(parts[place], "")
+            if "lstrip" in strip:
+                parts[place - 1] = parts[place - 1].rstrip()
+                if not self.legacy and place == 1 and parts[0] == "▁" and parts[1] in self.named:
+                    parts[0] = ""
+            if "rstrip" in strip:
+                parts[place + 1] = parts[place + 1].lstrip()
         ids: list[int] = []
-        for part in re.split("(<unk>|<s>|</s>)", text):
-            ids += [SPECIAL[part]] if part in SPECIAL else self.pieces.encode(part)
+        for place, part in enumerate(parts):
+            ids += [self.special[part]] if place % 2 else self.pieces.encode(part)
         return ids
 
     def around_images(self, prompt: str, image: int = -200) -> list[int]:
@@ -90,7 +121,7 @@ class SlowLlama:
 
     def spell(self, ids: list[int]) -> str:
         """What ids stand for, to the last space."""
-        special = {i: text for text, i in SPECIAL.items()}
+        special = {i: text for text, i in self.special.items()}
         spelt = b""
         for i in ids:
             piece = special.get(i) or self.pieces.id_to_piece(i)
