@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from llava_genhancer import run
 from llava_genhancer.llava.checkpoint import Checkpoint, generation_config, language_config, vision_config, write_shards
-from llava_genhancer.llava.conversation import chat_template, get_template
+from llava_genhancer.llava.conversation import chat_template
 from llava_genhancer.llava.dataset import load_image_processor
 from llava_genhancer.llava.model import SELECT_STRATEGY, load_tower, local
 from llava_genhancer.llava.tokenizer import save_hf_tokenizer

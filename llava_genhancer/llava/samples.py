@@ -6,6 +6,7 @@ Only places and lengths stay in memory: a file of a gigabyte is not to be held o
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ _FOREIGN = re.compile(r"^\\|^[A-Za-z]:|\\\.\.(\\|$)|\0")
 _MAY_LEAVE = re.compile(r"^/|(^|/)\.\.(/|$)")
 NO_IMAGE = "text has <image> but the sample has no image"
 NO_TOKEN = "sample has an image but no text has <image>"
+MAX_REASONS = 12  # in a message; roles have any name, so there may be any number
 
 
 class BadSample(Exception):
@@ -121,10 +123,13 @@ class Samples:
 def summary(report: SkipReport, first: Mapping[str, str] | None = None) -> str:
     """Return how many were skipped, and why, with the first of each reason in ``first``; "" if none."""
     first = first or {}
+    by_count = sorted(report.by_reason.items(), key=lambda item: -item[1])
     reasons = ", ".join(
         f"{count} {reason}{f' (first {first[reason]})' if reason in first else ''}"
-        for reason, count in report.by_reason.items()
+        for reason, count in by_count[:MAX_REASONS]
     )
+    if more := sum(count for _, count in by_count[MAX_REASONS:]):
+        reasons += f", {more} for other reasons"
     return f"{report.skipped} of {report.read} cannot be used: {reasons}" if reasons else ""
 
 
@@ -153,6 +158,7 @@ def read_samples(path: str | os.PathLike, image_folder: str | os.PathLike | None
     report, as_text, digest = SkipReport(), SkipReport(), hashlib.blake2b(digest_size=16)
     first: dict[str, str] = {}
     index, lengths = array("q"), array("q")
+    greeted = 0
     for number, (entry, start, size) in enumerate(read_entries(path, digest)):
         report.read += 1
         try:
@@ -164,6 +170,7 @@ def read_samples(path: str | os.PathLike, image_folder: str | os.PathLike | None
             continue
         if sample.note:
             as_text.add(sample.key, sample.note)
+        greeted += entry["conversations"][0]["from"] == ROLES[1]
         index.extend((start, size, number))
         lengths.append(sample.words if sample.images else -sample.words)
     as_text.read = len(lengths)
@@ -175,6 +182,8 @@ def read_samples(path: str | os.PathLike, image_folder: str | os.PathLike | None
         log.warning("data %s: %s", path, plain(summary(report, first)))
     if as_text.skipped:
         log.warning("data %s: samples are read as text: %s", path, plain(text_summary(as_text)))
+    if greeted:
+        log.warning('data %s: %d begin with an answer ("gpt"), which is dropped, as LLaVA does', path, greeted)
     columns = np.frombuffer(index, dtype=np.int64).reshape(-1, 3)
     words = np.frombuffer(lengths, dtype=np.int64)
     return Samples(path, folder, columns, words, digest.hexdigest(), report, first, as_text)
@@ -250,22 +259,38 @@ def _below(path: str, folder: str) -> bool:
 def _texts(conversations: Any) -> tuple[list[str], int]:
     """Questions and answers in turn, and the words of all turns.
 
-    An answer in front of the first question is dropped, but its words count, as LLaVA does it.
+    An answer in front of the first question is dropped, but its words count, as LLaVA does it. LLaVA itself ends with
+    an exception at other roles than human and gpt, and at two turns in a row from one of them.
+
+    Raises:
+        BadSample: no turns, or turns that are not questions and answers in turn.
     """
     if not isinstance(conversations, list) or not conversations:
         raise BadSample("no conversation")
     if not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in conversations):
-        raise BadSample("no text in a turn")
+        raise BadSample('a turn has no text as "value"')
+    for turn in conversations:
+        if turn.get("from") not in ROLES:
+            found = f'from "{plain(str(turn["from"]))[:20]}"' if "from" in turn else 'without "from"'
+            raise BadSample(f'a turn {found} ("human" and "gpt" are read)')
     words = sum(len(turn["value"].split()) for turn in conversations)
-    if conversations[0].get("from") == ROLES[1]:
+    if conversations[0]["from"] == ROLES[1]:
         conversations = conversations[1:]
-    if not conversations or len(conversations) % 2:
-        raise BadSample("no answer at the end")
-    if any(turn.get("from") != ROLES[position % 2] for position, turn in enumerate(conversations)):
-        raise BadSample("odd roles")
+    for before, turn in itertools.pairwise(conversations):
+        if before["from"] == turn["from"]:
+            raise BadSample(f'two turns in a row from "{turn["from"]}"')
+    if not conversations:
+        raise BadSample("an answer without a question")
     texts: list[str] = [turn["value"] for turn in conversations]
-    if not all(text.strip() for text in texts):
-        raise BadSample("empty turn")
+    for text, kind in zip(texts, itertools.cycle(("question", "answer"))):
+        if not text.strip():
+            raise BadSample(f"an empty {kind}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can contain and no tokenizer takes
+            raise BadSample(f"a character that is not Unicode in the {kind}") from None
+    if len(texts) % 2:
+        raise BadSample("no answer at the end")
     return texts, words
 
 

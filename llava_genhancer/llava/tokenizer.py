@@ -31,6 +31,7 @@ IMAGE_TOKEN = "<image>"
 # transformers' attributes of special tokens, in the order in which missing ones get their ids.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FURTHER = ("additional_special_tokens", "extra_special_tokens")
+LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # of a folder that names none
 NORMAL, UNKNOWN, USER_DEFINED, UNUSED = 1, 2, 4, 5  # types of a sentencepiece model's pieces
 BPE = 2  # a sentencepiece model's model_type
 MAX_TIES = 200_000
@@ -141,6 +142,10 @@ def load_tokenizer(source: str) -> Any:
                 "set LlamaTokenizer there if the model uses Llama's kind of vocabulary, or add a tokenizer.json"
             )
         raise InputError(f"llm {source} has no tokenizer that can be loaded: {reason}") from None
+    if llama:
+        for name, token in LLAMA_NAMES.items():
+            if name not in settings and token in tokenizer.get_vocab():
+                setattr(tokenizer, name, token)
     if not tokenizer.is_fast:
         raise InputError(f"llm {source} has no fast tokenizer: its folder needs a tokenizer.json")
     return tokenizer
@@ -320,7 +325,7 @@ def fast_llama_tokenizer(
     )
     tokenizer.add_tokens([AddedToken(mark + symbol, normalized=True) for _, symbol in symbols])
     for token in special:
-        strip = {"lstrip": token.lstrip, "rstrip": token.rstrip} if legacy else {}
+        strip = {"lstrip": token.lstrip, "rstrip": token.rstrip}
         tokenizer.add_special_tokens([AddedToken(token.content, special=True, normalized=not legacy, **strip)])
         if token.id is not None and (found := tokenizer.token_to_id(token.content)) != token.id:
             raise InputError(

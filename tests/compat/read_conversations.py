@@ -48,6 +48,10 @@ def main(questions_file, answers_file):
     for tokenizer in tokenizers.values():
         tokenizer.pad_token = tokenizer.unk_token
         answers["read"].append([read(tokenizer, version, entry) for version, entry in questions["cases"]])
+    answers["texts"] = [
+        transformers.AutoTokenizer.from_pretrained(folder, use_fast=fast)(texts).input_ids
+        for folder, fast, texts in questions["texts"]
+    ]
     answers["lengths"] = modality_lengths([entry for _, entry in questions["cases"]])
     answers["orders"] = []
     for lengths, batch_size, chunks, seed in questions["orders"]:

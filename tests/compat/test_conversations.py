@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "llava"))
 
-from slow_llama import write_tokenizer  # noqa: E402
+from slow_llama import FLAGS, write_tokenizer  # noqa: E402
 
 from llava_genhancer.llava.batches import group_by_modality  # noqa: E402
 from llava_genhancer.llava.conversation import encode  # noqa: E402
 from llava_genhancer.llava.dataset import ImageView, load_image_processor  # noqa: E402
 from llava_genhancer.llava.samples import read_sample  # noqa: E402
-from llava_genhancer.llava.tokenizer import load_tokenizer  # noqa: E402
+from llava_genhancer.llava.tokenizer import load_tokenizer, save_hf_tokenizer  # noqa: E402
 from llava_genhancer.toyworld.paths import resolve  # noqa: E402
 
 PYTHON = os.environ.get("LLAVA_GENHANCER_COMPAT_PYTHON")
@@ -59,6 +59,8 @@ CONVERSATIONS = [
     entry("<image>\n😀?", "😀 first", "ok", "\nline first"),
     entry("Who are you?", "An assistant.", "Sure?", "Yes, quite sure.", "OK", "OK", image=None),
     entry("What does <image> mean in HTML?", "Nothing: the tag is <img>.", image=None),
+    entry("<image>\nIndent  it:\n    a\n        b", "def f():\n    if x:\n        return  1\n\n  - one\n     - two"),
+    entry("What is <s> for, </s>  and <unk> ?", "They <s> begin </s>   and end .", image=None),
     entry("Write 3 * 4 = ?\t\n", "\n12", "again", " 12", image=None),
 ]
 FROM_GPT = {**entry(), "conversations": [{"from": "gpt", "value": "Hello!"}, *CONVERSATIONS[0]["conversations"]]}
@@ -69,6 +71,22 @@ CAPTIONS = [
 ]
 
 
+MARKERS = {
+    "0": {"content": "<unk>", **FLAGS},
+    "1": {"content": "<s>", **FLAGS, "rstrip": True},
+    "2": {"content": "</s>", **FLAGS, "lstrip": True},
+    "520": {"content": "<im_start>", **FLAGS, "lstrip": True, "rstrip": True},
+}
+STRIPPING = {"added_tokens_decoder": MARKERS, "additional_special_tokens": ["<im_start>"]}
+YI = {"bos_piece": "<|startoftext|>", "eos_piece": "<|endoftext|>"}
+NAMES = {"bos_token": YI["bos_piece"], "eos_token": YI["eos_piece"], "add_bos_token": False}
+TEXTS = [
+    "", " ", "    ", "a  b", "  a", "a  ", "\n  a\n    b", "\t\ta", " " * 40 + "x", "▁a ▁", "<s> a", " <s>  a", "a <s>",
+    "</s>a", "a </s>  b", "<unk>  <unk>", "<im_start>  user \n<im_start>", "<|startoftext|> a <|endoftext|>", "<sym>",
+    "<sym> a<sym><sym>b", "zzz zz z", "naïve 中文 😀", "<0x0A>", "USER: <s> ASSISTANT:  </s>USER: x",
+]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Questions, and what the original answers."""
@@ -76,6 +94,19 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     legacy = write_tokenizer(folder / "legacy", legacy=True)
     # The original's count of tokens needs "USER" to be one piece and " USER" two: as in Llama's vocabulary.
     modern = write_tokenizer(folder / "modern", legacy=False, start="(USER:")
+    texts = []
+    for number, options in enumerate(
+        {"legacy": legacy, **made}
+        for legacy in (True, False)
+        for made in ({}, {"changes": STRIPPING}, {"changes": NAMES, **YI}, {"symbols": ["<sym>", "zz", "zzz", "▁▁▁"]})
+    ):
+        made = write_tokenizer(folder / f"texts-{number}", **options)
+        (made / "config.json").write_text('{"model_type": "llama"}')
+        export = folder / f"export-{number}"
+        export.mkdir()
+        save_hf_tokenizer(str(made), export)
+        (export / "config.json").write_text('{"model_type": "llava"}')
+        texts += [(str(made), False, TEXTS), (str(export), True, TEXTS)]
     cases = [("plain", caption) for caption in CAPTIONS]
     cases += [(name, talk) for name in NAMES if name != "plain" for talk in [*CONVERSATIONS, FROM_GPT]]
     generator = torch.Generator().manual_seed(0)
@@ -94,6 +125,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     questions = {
         "tokenizers": [str(legacy), str(modern)],
         "cases": cases,
+        "texts": texts,
         "orders": orders,
         "images": images,
         "processor": resolve("toyworld:clip"),
@@ -122,6 +154,13 @@ def test_ids_and_labels(original: dict[str, Any], number: int) -> None:
         assert mine.input_ids == ids, (name, talk)
         assert mine.labels == labels, (name, talk)
         assert any(label != -100 for label in labels)  # the original could count this sample's tokens
+
+
+def test_texts_by_the_slow_tokenizer_and_by_the_exported_one(original: dict[str, Any]) -> None:
+    assert len(original["texts"]) == 16
+    for (folder, fast, texts), theirs in zip(original["questions"]["texts"], original["texts"], strict=True):
+        assert load_tokenizer(folder)(texts).input_ids == theirs, (folder, fast)
+    assert original["texts"][::2] == original["texts"][1::2]
 
 
 def test_order(original: dict[str, Any]) -> None:

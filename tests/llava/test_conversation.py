@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from slow_llama import FLAGS, SPECIAL, SlowLlama, write_tokenizer
 
@@ -306,11 +307,13 @@ VOCABULARIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 ODD = [
     "a", "e", "US", "ER:", "cat ", "cats", " ", "  ", "   ", "     ", " " * 17, "\n", ".", "12", "é", "中", "😀", "\t",
-    "\r\n", "▁", "▁▁", "<s>", "</s>", "<unk>", "<im_start>", "<t>", "[PAD]", "<|startoftext|>", "<|endoftext|>", "<sym>",
-    "ab c", "zz", "z", "x y", "x▁y", "<", "<0x0A>", "\0", "the user", "USER: What is",
+    "\r\n", "▁", "▁▁", "<s>", "</s>", "<unk>", "<im_start>", "<t>", "[PAD]", "<|startoftext|>", "<|endoftext|>",
+    "<sym>", "ab c", "zz", "z", "x y", "x▁y", "<", "<0x0A>", "\0", "the user", "USER: What is",
 ]  # fmt: skip
 odd_texts = st.lists(st.sampled_from(ODD) | st.text(max_size=3), max_size=8).map("".join)
-thorough = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+thorough = hypothesis_settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture(
@@ -447,10 +450,13 @@ def test_special_tokens_map_and_tokenizer_json_alone(tmp_path: Path) -> None:
     assert tokenizer(text).input_ids == [1, *slow(text)]
     tokenizer.save_pretrained(folder)
     (folder / "tokenizer.model").unlink()
-    for kind in ("LlamaTokenizer", None):
-        settings = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-        assert load_tokenizer(str(folder))(text).input_ids == [1, *slow(text)]
+    (folder / "special_tokens_map.json").unlink()
+    named = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    for written in ({"tokenizer_class": "LlamaTokenizer", **named}, {"tokenizer_class": None, **named}, {}):
+        (folder / "tokenizer_config.json").write_text(json.dumps(written))
+        alone = load_tokenizer(str(folder))
+        assert (alone.bos_token_id, alone.eos_token_id) == (1, 2)
+        assert alone(text).input_ids == [1, *slow(text)]
 
 
 @pytest.mark.parametrize(
@@ -474,17 +480,20 @@ def test_equal_scores_that_matter_are_refused(tmp_path: Path) -> None:
 
     folder = write_tokenizer(tmp_path / "equal")
     model = ModelProto.FromString((folder / "tokenizer.model").read_bytes())
-    for piece in ("bc", "ab"):
+    pieces = {piece.piece for piece in model.pieces}
+    assert {"q", "w", "y"} <= pieces
+    assert not {"qw", "wy"} & pieces
+    for piece in ("wy", "qw"):
         model.pieces.add(piece=piece, score=1.0)
     (folder / "tokenizer.model").write_bytes(model.SerializeToString())
-    with pytest.raises(InputError, match="pieces with equal scores overlap, as in 'abc'"):
+    with pytest.raises(InputError, match="pieces with equal scores overlap, as in 'qwy'"):
         load_tokenizer(str(folder))
 
 
 def test_a_class_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, tokenizer_class="BaichuanTokenizer")
     with pytest.raises(
-        InputError, match="tokenizer_class BaichuanTokenizer cannot be loaded .* set LlamaTokenizer"
+        InputError, match=r"tokenizer_class BaichuanTokenizer cannot be loaded .* set LlamaTokenizer"
     ) as e:
         load_tokenizer(str(folder))
     assert "\n" not in str(e.value)

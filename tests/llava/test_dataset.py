@@ -61,14 +61,29 @@ UNUSABLE = [
     ("no conversation", {"id": "1"}),
     ("no conversation", {"id": "1", "conversations": []}),
     ("no conversation", {"id": "1", "conversations": "human: hi"}),
-    ("no text in a turn", {"id": "1", "conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]}),
-    ("no text in a turn", {"id": "1", "conversations": ["hi", "ho"]}),
+    ('a turn has no text as "value"', {"id": "1", "conversations": [{"from": "human"}, *talk("x", first=1)]}),
+    ('a turn has no text as "value"', {"id": "1", "conversations": [*talk("x"), {"from": "gpt", "value": None}]}),
+    ('a turn has no text as "value"', {"id": "1", "conversations": ["hi", "ho"]}),
     ("no answer at the end", entry("1", "hi")),
-    ("no answer at the end", {"id": "1", "conversations": talk("ho", first=1)}),
-    ("odd roles", {"id": "1", "conversations": [*talk("hi"), *talk("again")]}),
-    ("odd roles", {"id": "1", "conversations": [{"from": "system", "value": "x"}, *talk("again")]}),
-    ("empty turn", entry("1", "hi", " \n")),
-    ("empty turn", entry("1", "", "ho")),
+    ("no answer at the end", entry("1", "hi", "ho", "again")),
+    ("an answer without a question", {"id": "1", "conversations": talk("ho", first=1)}),
+    ('two turns in a row from "human"', {"id": "1", "conversations": [*talk("hi"), *talk("again")]}),
+    ('two turns in a row from "gpt"', {"id": "1", "conversations": [*talk("hi", "a"), *talk("b", first=1)]}),
+    ('two turns in a row from "gpt"', {"id": "1", "conversations": [*talk("a", first=1), *talk("b", first=1)]}),
+    *(
+        (f'a turn from "{role}" ("human" and "gpt" are read)', {"id": "1", "conversations": turns})
+        for role, turns in {
+            "system": [{"from": "system", "value": "x"}, *talk("hi", "ho")],
+            "user": [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "ho"}],
+            "tool": [*talk("hi"), {"from": "tool", "value": "x"}, *talk("ho", first=1)],
+            "None": [{"from": None, "value": "hi"}, *talk("ho", first=1)],
+            "a role with a name o": [{"from": "a role with a name of its own", "value": "hi"}, *talk("ho", first=1)],
+        }.items()
+    ),
+    ('a turn without "from" ("human" and "gpt" are read)', {"id": "1", "conversations": [{"value": "hi"}]}),
+    ("an empty answer", entry("1", "hi", " \n")),
+    ("an empty question", entry("1", "", "ho")),
+    ("a character that is not Unicode in the answer", entry("1", "hi", "ho \ud800")),
     ("not as many <image> as images", entry("1", "<image> hi", "ho", "<image>", "x", image="a.png")),
     ("not as many <image> as images", entry("1", "<image> hi", "ho", image=["a.png", "b.png"])),
     ("image in an answer", entry("1", "hi", "<image>", image="a.png")),
@@ -95,7 +110,7 @@ UNUSABLE = [
 
 def write(path: Path, data: Any) -> Path:
     """A JSON file."""
-    path.write_text(json.dumps(data, ensure_ascii=False))
+    path.write_bytes(json.dumps(data, ensure_ascii=False).encode("utf-8", "backslashreplace"))
     return path
 
 
@@ -110,6 +125,7 @@ def test_every_reason_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         ("unshown", "sample has an image but no text has <image>"),
     ]
     assert "1 of 8: sample has an image but no text has <image> (first unshown)" in caplog.text
+    assert '1 begin with an answer ("gpt"), which is dropped' in caplog.text
     assert [samples[i].key for i in range(len(samples))] == [
         *(u.get("id", f"#{len(UNUSABLE) + len(USABLE) - 1}") for u in USABLE)
     ]
