@@ -274,11 +274,11 @@ def _texts(conversations: Any) -> tuple[list[str], int]:
             found = f'from "{plain(str(turn["from"]))[:20]}"' if "from" in turn else 'without "from"'
             raise BadSample(f'a turn {found} ("human" and "gpt" are read)')
     words = sum(len(turn["value"].split()) for turn in conversations)
-    if conversations[0]["from"] == ROLES[1]:
-        conversations = conversations[1:]
     for before, turn in itertools.pairwise(conversations):
         if before["from"] == turn["from"]:
             raise BadSample(f'two turns in a row from "{turn["from"]}"')
+    if conversations[0]["from"] == ROLES[1]:
+        conversations = conversations[1:]
     if not conversations:
         raise BadSample("an answer without a question")
     texts: list[str] = [turn["value"] for turn in conversations]

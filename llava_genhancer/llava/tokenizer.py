@@ -215,10 +215,11 @@ def _special(token: dict[str, Any], number: int | None, *, named: bool) -> Speci
 def _load_llama(path: str, model_file: str, settings: dict[str, Any]) -> Any:
     from transformers import PreTrainedTokenizerFast
 
-    pieces = _read_pieces(model_file).trainer_spec
+    model = _read_pieces(model_file)
+    spec = model.trainer_spec
     # A folder that does not name them has the vocabulary's own: LlamaTokenizer's defaults are Llama's.
-    defaults = {"bos_token": pieces.bos_piece, "eos_token": pieces.eos_piece, "unk_token": pieces.unk_piece}
-    settings = {**{n: p for n, p in defaults.items() if getattr(pieces, n.replace("token", "id")) >= 0}, **settings}
+    defaults = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "unk_token": spec.unk_id}
+    settings = {**{name: model.pieces[i].piece for name, i in defaults.items() if i >= 0}, **settings}
     named = {name: settings.get(name) for name in NAMED}
     named = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
     flags = {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}

@@ -79,7 +79,7 @@ MARKERS = {
 }
 STRIPPING = {"added_tokens_decoder": MARKERS, "additional_special_tokens": ["<im_start>"]}
 YI = {"bos_piece": "<|startoftext|>", "eos_piece": "<|endoftext|>"}
-NAMES = {"bos_token": YI["bos_piece"], "eos_token": YI["eos_piece"], "add_bos_token": False}
+YI_NAMES = {"bos_token": YI["bos_piece"], "eos_token": YI["eos_piece"], "add_bos_token": False}
 TEXTS = [
     "", " ", "    ", "a  b", "  a", "a  ", "\n  a\n    b", "\t\ta", " " * 40 + "x", "▁a ▁", "<s> a", " <s>  a", "a <s>",
     "</s>a", "a </s>  b", "<unk>  <unk>", "<im_start>  user \n<im_start>", "<|startoftext|> a <|endoftext|>", "<sym>",
@@ -98,7 +98,12 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for number, options in enumerate(
         {"legacy": legacy, **made}
         for legacy in (True, False)
-        for made in ({}, {"changes": STRIPPING}, {"changes": NAMES, **YI}, {"symbols": ["<sym>", "zz", "zzz", "▁▁▁"]})
+        for made in (
+            {},
+            {"changes": STRIPPING},
+            {"changes": YI_NAMES, **YI},
+            {"symbols": ["<sym>", "zz", "zzz", "▁▁▁"]},
+        )
     ):
         made = write_tokenizer(folder / f"texts-{number}", **options)
         (made / "config.json").write_text('{"model_type": "llama"}')
