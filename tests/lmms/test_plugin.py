@@ -289,4 +289,7 @@ def test_the_eval_extra_has_what_lmms_evals_models_import() -> None:
             assert any(line.startswith(f"{package}==") for line in pins)
         else:
             assert importlib.util.find_spec(module) is not None, module
+    assert "filelock._api" in Path(str(lmms_eval.__file__)).with_name("evaluator.py").read_text()
+    assert importlib.util.find_spec("filelock._api") is not None, "an evaluation would end with status 0 and no results"
+    assert "filelock<4.3" in extras["eval"]
     assert set(provided) <= imported, "if this fails, lmms-eval has dropped it: so may the extra"
