@@ -25,7 +25,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from llava_genhancer import run
-from llava_genhancer.errors import InputError, OneRankError, plain, reason
+from llava_genhancer.errors import InputError, plain, reason
 from llava_genhancer.fields import Guards
 from llava_genhancer.files import expand
 from llava_genhancer.resources import resource_dir
@@ -88,27 +88,27 @@ def check_launch() -> None:
     are named on rank 0.
 
     Raises:
-        OneRankError: several processes that no launcher has joined, or variables that contradict each other.
+        InputError: several processes that no launcher has joined, or variables that contradict each other.
     """
     numbers = {}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
         if name in os.environ:
             if not os.environ[name].isdecimal():
-                raise OneRankError(f"{name}={os.environ[name]} is no number: {_LAUNCH}, or unset it")
+                raise InputError(f"{name}={os.environ[name]} is no number: {_LAUNCH}, or unset it")
             numbers[name] = int(os.environ[name])
     missing = [name for name in _RENDEZVOUS if not os.environ.get(name)]
     for name in _STARTED_TOGETHER if missing else ():
         if os.environ.get(name, "").isdecimal() and int(os.environ[name]) > 1:
-            raise OneRankError(
+            raise InputError(
                 f"{name}={os.environ[name]}: these processes would each train alone, since {', '.join(missing)} are "
                 f"not set: {_LAUNCH} in place of mpirun or srun"
             )
     rank, world = numbers.get("RANK", 0), numbers.get("WORLD_SIZE", 1)
     if missing and (world > 1 or rank > 0 or numbers.get("LOCAL_RANK", 0) > 0):
         given = ", ".join(f"{name}={os.environ[name]}" for name in _RENDEZVOUS if name not in missing)
-        raise OneRankError(f"{given}, but {', '.join(missing)} are not set: {_LAUNCH}, or unset them all")
+        raise InputError(f"{given}, but {', '.join(missing)} are not set: {_LAUNCH}, or unset them all")
     if not rank < world:
-        raise OneRankError(f"RANK={rank} must be below WORLD_SIZE={world}: {_LAUNCH}, or unset both")
+        raise InputError(f"RANK={rank} must be below WORLD_SIZE={world}: {_LAUNCH}, or unset both")
     ignored = drop_launcher_settings()
     if ignored and os.environ.get("RANK", "0") == "0":
         log.warning(

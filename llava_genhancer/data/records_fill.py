@@ -123,7 +123,7 @@ def fill(
             generator=torch.Generator(),  # not the global RNG, which training draws from
         )
         writers: dict[tuple[str, int], _Writer] = {}
-        stack.callback(lambda: [writer.drop() for writer in writers.values()])  # those that an error leaves behind
+        stack.callback(_drop, writers)  # those that an error leaves behind
         bar = stack.enter_context(tqdm(total=len(units), desc="cache", unit="unit", disable=True if rank else None))
         read = bad = 0
         for rows in loader:
@@ -342,6 +342,11 @@ def check_disk(folder: Path, need: float, otherwise: str) -> None:
             f"the cache needs {need / gib:.1f} GiB and {folder.parent} has {free / gib:.1f} GiB free: choose "
             f"--cache_folder on another disk, or {otherwise}"
         )
+
+
+def _drop(writers: dict[tuple[str, int], _Writer]) -> None:
+    for writer in writers.values():
+        writer.drop()
 
 
 class _Writer:

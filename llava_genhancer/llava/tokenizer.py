@@ -11,6 +11,7 @@ needs a protobuf at least as new as the one that generated sentencepiece's modul
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import re
@@ -19,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from llava_genhancer import run
 from llava_genhancer.errors import InputError
@@ -83,7 +84,7 @@ def save_hf_tokenizer(source: str, folder: Path) -> int:
         settings |= {"add_bos_token": loaded.add_bos_token, "add_eos_token": False}
     tokenizer = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
-    image_id: int = tokenizer.token_to_id(IMAGE_TOKEN)
+    image_id = cast(int, tokenizer.token_to_id(IMAGE_TOKEN))
     state = json.loads(tokenizer.to_str())
     if state["model"]["type"] == "BPE":  # old readers take merges as "a b" only, new ones both ways
         state["model"]["merges"] = [m if isinstance(m, str) else " ".join(m) for m in state["model"]["merges"]]
@@ -194,14 +195,14 @@ def special_tokens(path: str, settings: dict[str, Any]) -> list[Special]:
     for name in FURTHER:
         further = settings.get(name) or []
         named += further.values() if isinstance(further, dict) else further
-    named = [{"content": token} if isinstance(token, str) else token for token in named if token]
-    contents = {token["content"] for token in named}
+    given: list[dict[str, Any]] = [{"content": token} if isinstance(token, str) else token for token in named if token]
+    contents = {token["content"] for token in given}
     tokens = {
         token["content"]: _special(token, number, named=token["content"] in contents)
         for number, token in sorted(added.items())
         if not token["content"].startswith(MARK)
     }
-    for token in named:
+    for token in given:
         tokens.setdefault(token["content"], _special(token, None, named=True))
     return list(tokens.values())
 
@@ -416,10 +417,10 @@ def _read_pieces(model_file: str) -> Any:
     except (OSError, RuntimeError) as error:
         raise InputError(f"{model_file} is not a sentencepiece model: {str(error).splitlines()[0]}") from None
     try:
-        from sentencepiece import sentencepiece_model_pb2 as format
+        formats = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     except Exception:  # its generated code refuses a protobuf that is older than the one that generated it
-        from transformers.utils import sentencepiece_model_pb2_new as format
-    return format.ModelProto.FromString(Path(model_file).read_bytes())
+        formats = importlib.import_module("transformers.utils.sentencepiece_model_pb2_new")
+    return formats.ModelProto.FromString(Path(model_file).read_bytes())
 
 
 def _refuse(model_file: str, model: Any, legacy: bool) -> None:
