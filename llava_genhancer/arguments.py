@@ -25,16 +25,18 @@ def prepare_streams() -> None:
     own_process = sys.orig_argv[len(sys.orig_argv) - len(asked) :] == asked  # not a call from somebody's Python
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1" and own_process:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "PYTHONUTF8": "1"})
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            try:
-                os.fstat(number)
-            except OSError:  # else the next file that is opened would get this number, and prints with it
-                nowhere = os.open(os.devnull, os.O_RDWR)
-                if nowhere != number:
-                    os.dup2(nowhere, number)
-                    os.close(nowhere)
-            setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
+    names = ("stdin", "stdout", "stderr")
+    closed = [number for number, name in enumerate(names) if getattr(sys, name) is None]
+    for number in closed:
+        try:
+            os.fstat(number)
+        except OSError:  # else the next file that is opened would get this number, and prints with it
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+    for number in closed:
+        setattr(sys, names[number], open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
