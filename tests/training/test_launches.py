@@ -210,7 +210,9 @@ def test_an_error_before_training_is_one_line_and_ends_the_launch(images_folder,
     script = tmp_path / "rank.py"
     script.write_text(
         "import os, sys; from llava_genhancer import cli\n"
-        "cli.main(['enhance', 'tiny', '--output_dir', sys.argv[1], '--data', sys.argv[2 + int(os.environ['RANK'])]])"
+        "data = sys.argv[2 + int(os.environ['RANK'])]\n"
+        "size = ['--per_device_batch_size', '16']\n"
+        "cli.main(['enhance', 'tiny', '--output_dir', sys.argv[1], '--data', data, *size])"
     )
     data = [str(tmp_path / "nowhere" if rank in wrong else images_folder) for rank in range(2)]
     done = subprocess.run(
