@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS := train,eval,dev
 ARGS ?=
-CODE := llava_genhancer tests benchmarks setup.py
+CODE := llava_genhancer tests benchmarks tools setup.py
 # The environment's tools first on PATH: DeepSpeed looks for ninja there.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
