@@ -341,6 +341,8 @@ def _safetensors() -> Kind:
         refusals = []
         weights = {path.name: run.sha256(path)}
         (path.parent / MARKER).write_text(json.dumps({"model_type": "clip", "weights": weights}))
+        (path.parent / "config.json").write_text('{"model_type": "clip"}')
+        (path.parent / "preprocessor_config.json").write_text("{}")
         readers = (
             lambda: load_trained(model, path),
             lambda: verify_tower(path.parent),
@@ -356,7 +358,7 @@ def _safetensors() -> Kind:
         check_numbers(path.read_bytes())
 
     cases = st.one_of(usable(), mutated(usable(), words), broken, mutated(broken, words))
-    return Kind("safetensors", "weights/case.safetensors", cases, read, [whole])
+    return Kind("safetensors", "weights/model.safetensors", cases, read, [whole])
 
 
 def _markers(folder: Path) -> Kind:

@@ -58,7 +58,9 @@ class Watchdog:
             since, doing = self._note
             with contextlib.suppress(OSError):  # a full disk is not what ends a training here
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._file(self.rank).write_text(json.dumps([since, doing]), encoding="utf-8")
+                file = self._file(self.rank)
+                file.with_suffix(".part").write_text(json.dumps([since, doing]), encoding="utf-8")
+                os.replace(file.with_suffix(".part"), file)  # another rank never reads half a note
             if self._done.wait(min(5.0, self.seconds / 8)):
                 return
             since, _ = self._note

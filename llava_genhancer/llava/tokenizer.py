@@ -17,7 +17,7 @@ import logging
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -269,6 +269,7 @@ def fast_llama_tokenizer(
         special = [Special(names[i], i) for i in known]
         begin = names[spec.bos_id] if spec.bos_id >= 0 else None
     renamed = {s.id: s.content for s in special if s.id is not None and s.id < len(names)}
+    _refuse_hidden(model_file, model, renamed)
     scores = {
         piece.piece: piece.score
         for i, piece in enumerate(model.pieces)
@@ -421,6 +422,24 @@ def _read_pieces(model_file: str) -> Any:
     except Exception:  # its generated code refuses a protobuf that is older than the one that generated it
         formats = importlib.import_module("transformers.utils.sentencepiece_model_pb2_new")
     return formats.ModelProto.FromString(Path(model_file).read_bytes())
+
+
+def _refuse_hidden(model_file: str, model: Any, renamed: Mapping[int, str]) -> None:
+    """Check that no added token has the id of a piece that text is made of, where LLaVA gives both the same id.
+
+    Raises:
+        InputError: one has; names both.
+    """
+    normal = {piece.piece for piece in model.pieces if piece.type == NORMAL}
+    for number, content in renamed.items():
+        piece = model.pieces[number]
+        cuts = range(1, len(piece.piece))
+        made = not cuts or any(piece.piece[:cut] in normal and piece.piece[cut:] in normal for cut in cuts)
+        if piece.type == NORMAL and piece.piece != content and made:
+            raise InputError(
+                f"{model_file} is not supported: the added token {content} has the id {number} of the piece "
+                f"{piece.piece!r}, which text is made of; give the added token an id behind the vocabulary"
+            )
 
 
 def _refuse(model_file: str, model: Any, legacy: bool) -> None:

@@ -184,6 +184,7 @@ def test_a_large_plan_has_the_commands_of_a_large_run():
     changes = dict(zip(words[4::2], words[5::2], strict=True))
     assert changes == {
         "--t_sampling": "uniform", "--data": "/images", "--stage2.max_steps": "2000", "--sample_images": "32",
+        "--stage2.snapshot_steps": "50,100,200,300,500,1000,2000",
     }  # fmt: skip
     assert first.steps[1].command == (
         "mmvp-vlm", "openai/clip-vit-large-patch14", "OUT/uniform/seed-0/tower", "--data", "MMVP_VLM",

@@ -131,7 +131,7 @@ def test_ids_and_captions_in_the_manifest_are_data(tmp_path: Path, monkeypatch) 
 
     monkeypatch.setattr(sys, "argv", ["llava-genhancer", SHELL])
     run.open_run(tmp_path / "run", Recipe(data=SHELL, name=SHELL), world_size=1)
-    assert run.recipe_of(tmp_path / "run").data == SHELL
+    assert run.recipe_of(tmp_path / "run").data == os.path.abspath(SHELL)
     assert run.read_json(tmp_path / "run" / run.MANIFEST)["command"] == ["llava-genhancer", SHELL]
 
 

@@ -212,9 +212,11 @@ def test_a_line_of_two_gigabytes_is_refused_at_its_beginning(tmp_path: Path) -> 
 
 
 def test_text_that_is_half_a_character(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """JSON may escape a lone surrogate, which no file can hold: it is trained on, reported, and read back."""
-    turns = [{"from": "human", "value": "<image>\n\ud800"}, {"from": "gpt", "value": "\udfff"}]
+    """JSON may escape a lone surrogate, which no file can hold: in a name it is reported, in a text it is refused."""
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
     entries = [{"id": "\ud800", "image": "\ud800.png", "conversations": turns}, {"id": "\ud801", "conversations": []}]
+    broken = [{"from": "human", "value": "<image>\n\ud800"}, {"from": "gpt", "value": "\udfff"}]
+    entries.append({"id": "\ud802", "image": "a.png", "conversations": broken})
     (tmp_path / "chat.json").write_text(json.dumps(entries))
     samples = read_samples(tmp_path / "chat.json", tmp_path)
     assert "\\ud801" in caplog.text
@@ -222,7 +224,10 @@ def test_text_that_is_half_a_character(tmp_path: Path, caplog: pytest.LogCapture
     with pytest.raises(BadImage):
         decode(samples.image_path(samples[0].images[0]))
     run.write_json(tmp_path / "report.json", samples.report.to_dict())
-    assert run.read_json(tmp_path / "report.json")["keys"] == [["\ud801", "no conversation"]]
+    assert run.read_json(tmp_path / "report.json")["keys"] == [
+        ["\ud801", "no conversation"],
+        ["\ud802", "a character that is not Unicode in the question"],
+    ]
 
 
 # --- MMVP's CSV ---------------------------------------------------------------------------------------------------

@@ -297,10 +297,6 @@ VOCABULARIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"changes": {"pad_token": "[PAD]", "additional_special_tokens": ["<im_start>"]}},
         {"special": {**SPECIAL, "[PAD]": 520, "<im_start>": 521}},
     ),
-    "a rename": (
-        {"changes": {"added_tokens_decoder": {**MARKERS, "300": added("<t>")}}},
-        {"special": {**SPECIAL, "<t>": 300}, "named": list(SPECIAL)},
-    ),
     "no byte fallback": ({"byte_fallback": False}, {}),
     "no boundary in front": ({"add_dummy_prefix": False}, {}),
     "runs of blanks collapsed": ({"remove_extra_whitespaces": True}, {}),
@@ -466,6 +462,10 @@ def test_special_tokens_map_and_tokenizer_json_alone(tmp_path: Path) -> None:
         ({"normalization_rule_name": "nmt_nfkc"}, "it normalises text \\(nmt_nfkc\\)"),
         ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix is true"),
         ({"remove_extra_whitespaces": True, "legacy": False}, "remove_extra_whitespaces is true with legacy: false"),
+        (
+            {"changes": {"added_tokens_decoder": {**MARKERS, "300": added("<t>")}}},
+            "the added token <t> has the id 300 of the piece",
+        ),
     ],
 )
 def test_vocabularies_that_no_fast_tokenizer_reads(tmp_path: Path, options: dict[str, Any], reason: str) -> None:

@@ -275,7 +275,7 @@ def without(folder: Path, copy: Path, name: str) -> Path:
 def test_weights_that_would_be_random_are_an_error(llava_fields, tiny_llama, tiny_clip, tmp_path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     llm = without(tiny_llama, tmp_path / "llm", name)
-    with pytest.raises(InputError, match=f"would be random .first: {name}"):
+    with pytest.raises(InputError, match=f"first: {name}.*would be random"):
         build_llava(recipe_from(llava_fields, llm=str(llm)), "pretrain")
     tower = without(tiny_clip, tmp_path / "tower", "vision_model.embeddings.patch_embedding.weight")
     with pytest.raises(InputError, match="would be random"):

@@ -332,7 +332,7 @@ def test_bad_input_is_one_line_and_status_2(llava_fields, tmp_path, capsys, chan
         cli.main(["llava", "pretrain", "tiny", "--output_dir", str(tmp_path / "run"), *fields])
     err = capsys.readouterr().err
     assert caught.value.code == 2
-    lines = [line for line in err.splitlines() if line.startswith("llava-genhancer: ")]
+    lines = [line for line in err.splitlines() if line.startswith("llava-genhancer")]
     assert len(lines) == 1
     assert words in lines[0]
     assert "Traceback" not in err

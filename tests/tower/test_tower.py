@@ -281,7 +281,7 @@ def test_scales_of_one_tile_change_nothing() -> None:
 def resign(folder: Path) -> None:
     """Put the folder's present hashes into its marker, as if it had been exported so."""
     marker = json.loads((folder / export.MARKER).read_text())
-    marker["weights"] = {name: export._sha256(folder / name) for name in marker["weights"]}
+    marker["weights"] = {name: export.sha256(folder / name) for name in marker["weights"]}
     (folder / export.MARKER).write_text(json.dumps(marker))
 
 

@@ -293,7 +293,7 @@ def test_bad_input_is_one_line_and_status_2(tiny_fields, tmp_path, capsys, chang
     arguments = as_arguments({**tiny_fields, **change})
     status, err = run_cli(capsys, "enhance", "openai-l14-224", "--output_dir", str(tmp_path / "run"), *arguments)
     assert status == 2
-    lines = [line for line in err.splitlines() if line.startswith("llava-genhancer: ")]
+    lines = [line for line in err.splitlines() if line.startswith("llava-genhancer")]
     assert len(lines) == 1
     assert words in lines[0]
     assert "Traceback" not in err
