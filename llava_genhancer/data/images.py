@@ -11,6 +11,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -133,8 +134,9 @@ class ShardSource:
     def read(self, shard: int) -> Iterator[RawSample]:
         """The samples of one shard in its own order, and a bad one for each image that cannot be read any more.
 
-        How many a damaged shard has lost is taken from img2dataset's statistics, or else guessed from its size and the
-        other shards' if enough of it can be read; it counts as one where neither is possible.
+        How many a damaged shard has lost is taken from img2dataset's statistics, if they count at least the images that
+        were found, or else guessed from its size and the other shards' if enough of it can be read; it counts as one
+        where neither is possible.
 
         Raises:
             InputError: the shard's file cannot be read, for a reason that is not its content.
@@ -162,7 +164,7 @@ class ShardSource:
         except Exception as error:  # damaged headers raise anything: ReadError, ValueError, OverflowError, OSError, ...
             refuse_fault(error, path)
         expected = self.expected(shard)
-        if expected is not None:
+        if expected is not None and expected >= images:
             why = f"fewer images than {os.path.splitext(name)[0]}_stats.json counts" if whole else DAMAGED
             for _ in range(expected - images):
                 yield RawSample(f"{name}:lost", None, why)
@@ -194,11 +196,14 @@ def _ends(file: BinaryIO, offset: int) -> bool:
 
     A damaged header looks like the end to tarfile (and to webdataset, which reads through it), as do the zeros of a
     file that was never filled, and the rest of the shard would be missed in silence. The true end is a block of zeros
-    with only a little padding behind.
+    with only a little padding behind: up to 10 KiB, or up to a multiple of a tape's block size, a power of two.
     """
     file.seek(offset)
     rest = file.read(MAX_PADDING + 1)
-    return tarfile.BLOCKSIZE <= len(rest) <= MAX_PADDING and not rest.strip(b"\0")
+    if not tarfile.BLOCKSIZE <= len(rest) <= MAX_PADDING or rest.strip(b"\0"):
+        return False
+    block = 1 << (len(rest) - 1).bit_length()
+    return len(rest) <= tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE or (offset + len(rest)) % block == 0
 
 
 class ParquetSource(ShardSource):
@@ -262,6 +267,17 @@ class ParquetSource(ShardSource):
             path = self.image_folder.path(value)
             return RawSample(key, path, "" if path else OUTSIDE)
         return RawSample(key, value) if os.path.isabs(value) else RawSample(key, None, PATH_ONLY)
+
+    def listed(self) -> tuple[Sequence[str], Callable[[int], str | None]]:
+        """The parquet files and, where rows are paths, the images, whose names are below the image folder."""
+        names, paths = list(self.names), [*self.shards]  # type: list[str], list[str | None]
+        if any(isinstance(sample.data, str) for sample in itertools.islice(self.read(0), BATCH_ROWS)):
+            root = "" if self.image_folder is None else self.image_folder.root
+            for sample in (sample for unit in range(len(self)) for sample in self.read(unit)):
+                path = sample.data if isinstance(sample.data, str) else None
+                names.append(sample.problem if path is None else path.removeprefix(root))
+                paths.append(path)
+        return names, paths.__getitem__
 
     def also(self) -> Iterator[bytes]:
         """The column, and the footers: the size and the statistics of every column of every row group."""
@@ -535,13 +551,13 @@ def _recognise(path: str, image_folder: str | None) -> Source:
     expanded = expand(path)
     if any(c in expanded for c in "*?[") or ("{" in expanded and not os.path.exists(expanded)):
         files = _expand(path, expanded)
-        return _parquet(files, path, image_folder) if files[0].endswith(".parquet") else _shards(files, path)
+        return _parquet(files, path, image_folder) if files[0].lower().endswith(".parquet") else _shards(files, path)
     if os.path.isfile(expanded):
-        if expanded.endswith(".tar"):
+        if expanded.lower().endswith(".tar"):
             return _shards([expanded], path)
-        if expanded.endswith((".json", ".jsonl")):
+        if expanded.lower().endswith((".json", ".jsonl")):
             return _llava_json(expanded, image_folder)
-        if expanded.endswith(".parquet"):
+        if expanded.lower().endswith(".parquet"):
             return _parquet([expanded], path, image_folder)
         raise InputError(f"data {path} is a file of no known kind; {HINT}")
     if not os.path.isdir(expanded):
@@ -550,20 +566,23 @@ def _recognise(path: str, image_folder: str | None) -> Source:
 
 
 def _in_folder(root: str, path: str, image_folder: str | None) -> Source:
-    """What a folder holds: its own tar shards, a saved dataset, or whatever lies below it."""
-    with _readable(path):
-        names = sorted(os.listdir(root))
-    if tars := [name for name in names if name.endswith(".tar")]:
-        return _shards(_of_training(root, tars, path), path)
-    if "dataset_info.json" in names or "dataset_dict.json" in names:
-        return _saved_dataset(root)
+    """What a folder holds: tar shards, a saved dataset, or whatever else lies below it."""
     below = _walk(root, path)
-    if below.tars and below.images:
+    own_tars = any("/" not in name for name in below.tars)
+    saved = any(os.path.exists(os.path.join(root, name)) for name in ("dataset_info.json", "dataset_dict.json"))
+    if saved and not own_tars:
+        return _saved_dataset(root)
+    if below.tars and below.images and not own_tars:
         raise InputError(
             f"data {path} holds {len(below.tars)} tar shards (first {below.tars[0]}) and {len(below.images)} images "
             f"(first {below.images[0]}): give a glob of the shards ('{path}/**/*.tar'), or the images' own folder"
         )
     if below.tars:
+        if below.images:
+            log.warning(
+                "data %s: the tar shards are read; %d images beside them are not (first %s)",
+                path, len(below.images), below.images[0],
+            )  # fmt: skip
         return _shards(_of_training(root, below.tars, path), path)
     if below.parquet:
         source = _parquet(_of_training(root, below.parquet, path), path, image_folder, required=not below.images)

@@ -60,7 +60,23 @@ def saved(root: Path, seeds: list[int]) -> tuple[Path, None]:
     return root / "saved", None
 
 
-KINDS: list[Build] = [folder, llava_json, shards, parquet, saved]
+def parquet_of_paths(root: Path, seeds: list[int], as_files: bool = False) -> tuple[Path, Path]:
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    images, _ = folder(root, seeds)
+    names = [str(path.relative_to(images)) for path in sorted(images.rglob("*.bmp"))]
+    kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()}) if as_files else pyarrow.string()
+    column = [{"bytes": None, "path": name} for name in names] if as_files else names
+    write_table(pyarrow.table({"image": pyarrow.array(column, kind)}), root / "train.parquet")
+    return root / "train.parquet", images
+
+
+def parquet_of_files(root: Path, seeds: list[int]) -> tuple[Path, Path]:
+    return parquet_of_paths(root, seeds, as_files=True)
+
+
+KINDS: list[Build] = [folder, llava_json, shards, parquet, parquet_of_paths, parquet_of_files, saved]
 
 
 def known_by(where: tuple[Path, Path | None]) -> str:

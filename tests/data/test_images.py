@@ -401,6 +401,20 @@ def test_shards_in_folders_are_taken_before_their_metadata(tmp_path: Path) -> No
         open_source(str(tmp_path / "cc3m" / "a" / "00000.parquet"))
 
 
+def test_all_shards_of_a_folder_are_found_and_what_macos_leaves_is_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_shards(tmp_path, [2])
+    write_shards(tmp_path / "more", [1])
+    (tmp_path / "._00000.tar").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "preview.png").write_bytes(encoded(picture(0)))
+    source = open_source(str(tmp_path))
+    assert keys(source) == ["00000.tar:000000", "00000.tar:000001", "more/00000.tar:000000"]
+    assert "the tar shards are read; 1 images beside them are not (first preview.png)" in caplog.text
+    (tmp_path / "00000.tar").rename(tmp_path / "00000.TAR")
+    assert len(keys(open_source(str(tmp_path / "00000.TAR")))) == 2
+
+
 def test_images_in_folders_are_taken_before_their_metadata(tmp_path: Path) -> None:
     """img2dataset's ``--output_format files``."""
     (tmp_path / "00000").mkdir()

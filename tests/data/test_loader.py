@@ -422,9 +422,10 @@ def test_what_a_shard_without_statistics_lost_is_guessed_from_the_others(tmp_pat
         take(iter(loader(source)), 600)
 
 
-def test_a_shard_whose_end_was_never_filled_is_not_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("side", [200, 20])  # 2.4 MB of zeros, and 45 kB
+def test_a_shard_whose_end_was_never_filled_is_not_whole(tmp_path: Path, side: int) -> None:
     """A download that reserves its room first: zeros look like a tar's end."""
-    members = [(f"{i:03}.bmp", encoded(picture(i, (200, 200)), "BMP")) for i in range(40)]
+    members = [(f"{i:03}.bmp", encoded(picture(i, (side, side)), "BMP")) for i in range(40)]
     path = write_tar(tmp_path / "0.tar", members)
     size = path.stat().st_size
     cut(path, 0.5)
@@ -441,6 +442,22 @@ def test_fewer_images_than_counted_are_lost_ones_in_a_whole_shard_too(tmp_path: 
         assert [s.problem for s in found if s.data is None] == lost * ["fewer images than 00000_stats.json counts"]
     path.with_name("00000_stats.json").write_text('["successes"]')
     assert len(list(ShardSource([str(path)]).read(0))) == 5
+
+
+@pytest.mark.parametrize("block", [10 << 10, 64 << 10, 1 << 20])
+def test_an_archivers_padding_is_no_loss(tmp_path: Path, block: int) -> None:
+    (path,) = write_shards(tmp_path, [5])
+    os.truncate(path, -(-path.stat().st_size // block) * block)
+    assert all(sample.data is not None for sample in ShardSource([str(path)]).read(0))
+
+
+@pytest.mark.parametrize("successes", [0, 20])
+def test_statistics_below_what_a_damaged_shard_still_holds_do_not_hide_its_loss(tmp_path: Path, successes: int) -> None:
+    (path,) = write_shards(tmp_path, [200])
+    counted(path, successes)
+    cut(path, 0.5)
+    found = list(ShardSource([str(path)]).read(0))
+    assert [sample.key for sample in found if sample.data is None] == ["00000.tar:"]
 
 
 def test_many_damaged_shards_of_unknown_loss_are_an_error(tmp_path: Path) -> None:
