@@ -200,6 +200,7 @@ ALIASES = {
 def suggest_field(name: str, known: typing.Iterable[str]) -> str:
     """Like :func:`suggest` for dotted names; also finds what other trainers call them, in every stage."""
     names = list(known)
+    name = name.lower().replace("-", "_") if name not in names else name
     stage, _, last = name.rpartition(".")
     for word in ALIASES.get(last, (last,)):
         found = [n for n in names if n.rpartition(".")[2].removeprefix("--") == word]

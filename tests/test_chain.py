@@ -238,6 +238,25 @@ def test_a_measurement_is_skipped_while_it_is_newer_than_what_it_measures(tmp_pa
     assert not step.done_before(), "what it measured has gone"
 
 
+def test_another_towers_result_is_not_this_towers(tmp_path, capfd) -> None:
+    """A tower that is older than the result, or on the hub, has no date that would show the exchange."""
+    from dataclasses import replace
+
+    result = tmp_path / "run" / "eval" / "recipes.json"
+    chosen = Choices(preset="vicuna-7b", run_dir=tmp_path / "run")
+    first = Step("mmvp", ("recipes", "tiny"), result=result)
+    other = replace(first, command=("recipes", "tiny-diva"))
+    assert running.run([first], chosen) == 0
+    result.write_text("{}")
+    for step, done in ((first, True), (other, False), (first, False), (first, True)):
+        assert ("done before" in running.show([step], chosen)) is done
+        capfd.readouterr()
+        assert running.run([step], chosen) == 0
+        assert ("done before" in capfd.readouterr().out) is done
+    with pytest.raises(InputError, match=r"recipes.json is of another command .* choose another --output_dir"):
+        running.run([replace(other, fork=tmp_path)], chosen)
+
+
 def test_the_chain_stops_at_the_first_failure_and_keeps_its_status(capfd, tmp_path) -> None:
     good, bad = Step("one", ("recipes", "--json")), Step("two", ("report", str(tmp_path / "nowhere")))
     assert running.run([good, bad, good], choices("vicuna-7b")) == 2

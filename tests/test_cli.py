@@ -114,6 +114,11 @@ def test_every_verb_is_explained(capsys) -> None:
             "did you mean 'stage1.learning_rate' or 'stage2.learning_rate'?",
         ),
         (("enhance", "tiny", "--output_dir", "R", "--batch_size=1"), "did you mean 'global_batch_size'?"),
+        (("enhance", "tiny", "--Output-Dir", "R"), "did you mean '--output_dir'?"),
+        (
+            ("enhance", "tiny", "--output_dir", "R", "--learning-rate", "1"),
+            "did you mean 'stage1.learning_rate' or 'stage2.learning_rate'?",
+        ),
         (("enhance", "tiny", "--output_dir", "R", "--epochs", "1"), "'stage2.max_steps'"),
         (("llava", "finetune", "tiny", "--output_dir", "R", "--epochs", "1"), "'finetune.epochs'"),
         (("llava", "pretrain", "tiny", "--out_dir", "R"), "did you mean '--output_dir'?"),
@@ -124,6 +129,7 @@ def test_every_verb_is_explained(capsys) -> None:
         (("export", "nowhere", "--output_dir", "T", "--lora_scale", "much"), "invalid float value: 'much'"),
         (("report", "nowhere"), "nowhere"),
         (("demo", "--seeds", "many"), "invalid int value: 'many'"),
+        (("convert", "toyworld:clip", "--output_dir", "D"), "toyworld:clip is neither a folder here nor a model of"),
         (("doctor", "openai-l14-225"), "did you mean 'openai-l14-224'?"),
     ],
 )

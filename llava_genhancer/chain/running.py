@@ -18,7 +18,10 @@ from llava_genhancer.chain.needs import TINY_NEEDS
 from llava_genhancer.chain.steps import Choices, Step
 from llava_genhancer.errors import InputError
 from llava_genhancer.resources import resource_dir
+from llava_genhancer.run import read_json, write_json
 from llava_genhancer.toyworld.paths import cache_folder
+
+COMMANDS = Path("eval") / "commands.json"  # in the run folder
 
 
 def words_of(step: Step, choices: Choices) -> list[str]:
@@ -45,6 +48,21 @@ def first(steps: Sequence[Step], start: str | None) -> int:
     return names.index(start) if start else 0
 
 
+def done_before(step: Step, choices: Choices) -> bool:
+    """Whether a step has a result that is newer than its sources and that no other command has made.
+
+    A result without a recorded command, as of a call by hand, counts.
+    """
+    return step.done_before() and _commands(choices).get(step.name) in (None, list(step.command))
+
+
+def _commands(choices: Choices) -> dict[str, list[str]]:
+    """The command that made each step's result, by the step's name."""
+    path = choices.run_dir / COMMANDS
+    commands: dict[str, list[str]] = read_json(path) if path.exists() else {}
+    return commands
+
+
 def show(steps: Sequence[Step], choices: Choices, start: str | None = None) -> str:
     """The plan in words: each step's needs and command, and which steps ``start`` leaves out."""
     left_out = steps[: first(steps, start)]
@@ -52,7 +70,7 @@ def show(steps: Sequence[Step], choices: Choices, start: str | None = None) -> s
     if choices.preset == "tiny":
         lines.append(f"needs {TINY_NEEDS} ({cache_folder()})")
     for step in steps:
-        why = "  (left out)" if step in left_out else "  (done before)" if step.done_before() else ""
+        why = "  (left out)" if step in left_out else "  (done before)" if done_before(step, choices) else ""
         lines.append(f"\n{step.name}{why}")
         lines += [f"  {need}" for need in step.needs]
         place = f"cd {shlex.quote(str(step.fork))} && " if step.fork else ""
@@ -75,9 +93,14 @@ def run(steps: Sequence[Step], choices: Choices, start: str | None = None) -> in
 
         prepare()
     for step in asked:
-        if step.done_before():
+        if done_before(step, choices):
             print(f"== {step.name}: done before ({step.result})", flush=True)
             continue
+        if step.fork is not None and step.done_before():  # LLaVA would go on from the other training's checkpoints
+            raise InputError(
+                f"{step.result} is of another command ({choices.run_dir / COMMANDS}, {step.name}): choose another "
+                "--output_dir, or repeat the options of before"
+            )
         print(f"== {step.name}", flush=True)
         began = time.monotonic()
         status = run_step(step, choices)
@@ -88,6 +111,8 @@ def run(steps: Sequence[Step], choices: Choices, start: str | None = None) -> in
                 file=sys.stderr,
             )
             return status
+        if step.result is not None:
+            write_json(choices.run_dir / COMMANDS, {**_commands(choices), step.name: list(step.command)})
         print(f"== {step.name}: {time.monotonic() - began:.0f} s", flush=True)
     return 0
 

@@ -115,18 +115,25 @@ def _copy_companions(source: str, folder: Path) -> None:
 
 
 def find_file(source: str, name: str) -> str | None:
-    """The path of a file of a folder or hub id, or None."""
+    """Return the path of a file of a folder or hub id, or None if it is not there or the hub cannot be reached.
+
+    Raises:
+        InputError: ``source`` cannot be a hub id, or the hub refuses it.
+    """
     if os.path.isdir(source):
         path = os.path.join(source, name)
         return path if os.path.isfile(path) else None
     from transformers.utils import cached_file
 
-    found = cached_file(
-        source,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    try:
+        found = cached_file(
+            source,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError as error:
+        raise InputError(f"{source} is neither a folder here nor a model of the hub ({reason(error)})") from None
     return None if found is None else str(found)
 
 
