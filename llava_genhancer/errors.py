@@ -62,7 +62,7 @@ def _first_with(line: str) -> bool:
 
     Ranks that share a parent process and a rendezvous belong to one launch. A claim of a rank that repeats itself, or
     from before this process began, is of an earlier launch. Ranks that fail need no process group for this: a claim is
-    a small file in the folder for temporary files. Where none can be written, every rank prints.
+    a small file in the folder for temporary files. Where none can be written or locked, every rank prints.
     """
     launch = [str(os.getppid())] + [
         os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")
@@ -73,26 +73,23 @@ def _first_with(line: str) -> bool:
     folder = os.path.join(tempfile.gettempdir(), f"llava-genhancer-errors-{user}")
     claim = os.path.join(folder, name)
     try:
+        import fcntl
+
         os.makedirs(folder, mode=0o700, exist_ok=True)
-        _forget(folder)
-        for _ in range(10):
-            with contextlib.suppress(FileExistsError):
-                fd = os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-                with os.fdopen(fd, "w") as file:
-                    file.write(json.dumps([rank]))
-                return True
-            with contextlib.suppress(FileNotFoundError):
-                with open(claim, encoding="utf-8") as file:
-                    told = file.read()
-                ranks = json.loads(told) if told else []  # empty: claimed a moment ago
-                if os.path.getmtime(claim) >= _started() and rank not in ranks:
-                    with open(claim, "w", encoding="utf-8") as file:
-                        file.write(json.dumps([*ranks, rank]))
-                    return False
-                os.unlink(claim)
-    except (OSError, ValueError):
-        pass
-    return True
+        with open(os.path.join(folder, "lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # else two ranks may both remove an earlier launch's claim
+            _forget(folder)
+            ranks: list[str] = []
+            with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+                if os.path.getmtime(claim) >= _started():
+                    with open(claim, encoding="utf-8") as file:
+                        ranks = json.load(file)
+            first = not ranks or rank in ranks
+            with open(claim, "w", encoding="utf-8") as file:
+                json.dump([rank] if first else [*ranks, rank], file)
+            return first
+    except (ImportError, OSError, ValueError):
+        return True
 
 
 def _forget(folder: str) -> None:

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -184,6 +186,27 @@ def test_an_error_of_all_ranks_is_one_line_and_so_is_that_of_one_rank(tmp_path, 
     for ranks in ([0, 1, 2], [2], [1], [0, 1, 2]):
         (line,) = launch(tmp_path, ranks, *argv)
         assert line.startswith("llava-genhancer")
+
+
+def test_ranks_that_find_an_earlier_launch_s_claim_at_once_print_one_line(tmp_path, capfd, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    fork = multiprocessing.get_context("fork")
+
+    def fail(rank: int, barrier) -> None:
+        os.environ["RANK"] = str(rank)
+        barrier.wait()
+        print_error("no data")
+
+    for _ in range(25):
+        barrier = fork.Barrier(4)
+        ranks = [fork.Process(target=fail, args=(rank, barrier)) for rank in range(4)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        assert capfd.readouterr().err == "llava-genhancer: no data\n"
+        time.sleep(0.02)  # a process's begin is known to a hundredth of a second
 
 
 def test_two_errors_are_two_lines_and_a_rank_s_number_makes_no_other_error(tmp_path, capsys, monkeypatch) -> None:
