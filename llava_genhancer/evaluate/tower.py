@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,7 @@ def marker_facts(folder: Path, names: list[str], image_size: int | None) -> dict
     if backbone is not None and image_size != backbone.image_size:
         backbone = None  # called like one of Table 1's, but it is another model
     if isinstance(recipe, dict):
-        method = _made_by(marker, backbone)
+        method = made_by(marker, backbone)
     name = recipe.get("name") if isinstance(recipe, dict) else recipe
     return {
         "recipe": name if isinstance(name, str) else None,
@@ -147,8 +147,13 @@ def is_hub_id(name: str) -> bool:
     return parts[-2:] in ids or any(f"models--{owner}--{model}" in parts for owner, model in ids)
 
 
-def _made_by(marker: dict[str, Any], backbone: Backbone | None) -> str:
-    """The published method that a marker's recipe is, or words for what differs from all published ones."""
+def made_by(marker: Mapping[str, Any], backbone: Backbone | None) -> str:
+    """Returns the published method (a key of ``paper.NAMES``) that made a tower, or words for what no paper published.
+
+    Args:
+        marker: ``recipe``, a recipe's fields by dotted name; ``lora_scale`` and ``step``, where the export chose them.
+        backbone: the tower's backbone, if it is one of Table 1's.
+    """
     recipe = marker["recipe"]
     key = method_name(recipe).key
     if key is None:

@@ -27,6 +27,7 @@ from llava_genhancer.evaluate.mllm.table2 import COLUMNS, published
 from llava_genhancer.evaluate.report.gallery import differing
 from llava_genhancer.evaluate.report.write import write_report
 from llava_genhancer.evaluate.statistics import mcnemar_exact
+from llava_genhancer.recipes import get_recipe, override, to_dict
 
 Lmms = Callable[..., dict[str, Any]]
 SEEDS = {"original": 1, "enhanced": 2}
@@ -131,6 +132,27 @@ def test_the_report_in_all_its_forms(run: Path, data: Path) -> None:
     assert "its image was not found" not in html
     for figure in ("table2.png", "table2_changes.png"):
         assert (run / "figures" / figure).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "method"),
+    [
+        ("openai-l14-336", {}, "GenHancer"),
+        ("openai-l14-336-diva", {}, "DIVA"),
+        ("openai-l14-336-masked", {}, None),  # Table 2 has no row of the discrete denoiser
+        ("openai-l14-336-dcr", {}, None),
+        ("openai-l14-224", {}, None),  # another backbone than Table 2's
+        ("openai-l14-336", {"lora_scale": 0.5}, None),
+        ("openai-l14-336", {"t_sampling": "uniform"}, None),
+        ("openai-l14-336", {"stage2.trains": "backbone,projector,denoiser"}, None),
+        ("openai-l14-336-diva", {"lora_rank": 16}, None),
+    ],
+)
+def test_published_gains_are_those_of_the_runs_own_method(run: Path, recipe: str, changes: dict, method: str) -> None:
+    fields = to_dict(override(get_recipe(recipe), changes))
+    (run / "manifest.json").write_text(json.dumps({"recipe": fields, "versions": {}}))
+    words = write_report(run).read_text()
+    assert set(re.findall(r"published, (\w+), Vicuna", words)) == ({method} if method else set())
 
 
 def test_images_that_are_gone_are_said_to_be(run: Path) -> None:

@@ -19,9 +19,8 @@ from llava_genhancer.evaluate.mllm.table2 import COLUMNS, LLMS, published
 from llava_genhancer.evaluate.paper import METHODS, Method, find_backbone
 from llava_genhancer.evaluate.report.gallery import gallery
 from llava_genhancer.evaluate.report.gathered import Report
-from llava_genhancer.evaluate.tower import is_hub_id
+from llava_genhancer.evaluate.tower import is_hub_id, made_by
 from llava_genhancer.evaluate.words import p_value
-from llava_genhancer.method import method_name
 from llava_genhancer.run import write_text
 
 FIGURES = ("table2.png", "table2_changes.png")
@@ -72,10 +71,11 @@ def section(report: Report, baseline: Path | None) -> str:
 
 def _published_method(report: Report) -> Method | None:
     """The method of Table 2 that made the run's tower from Table 2's backbone; None where no such row exists."""
-    backbone, key = str(report.values.get("backbone")), method_name(report.values).key
+    backbone = str(report.values.get("backbone"))
     known = find_backbone([backbone]) if is_hub_id(backbone) else None
     if known is None or known.recipe != BACKBONE:
         return None
+    key = made_by({"recipe": report.values, "lora_scale": report.values.get("lora_scale", 1)}, known)
     return next((method for method in METHODS if method == key), None)
 
 
