@@ -215,7 +215,7 @@ def write_card(tower_dir: Path, run_dir: Path) -> None:
             )
     base = recipe["backbone"]
     tags = "" if base.startswith(("toyworld:", "/", ".")) else f"base_model: {base}\n"
-    measured = _measured(run_dir)
+    measured = _measured(run_dir, marker)
     library = "transformers"
     use = '`--vision_tower <this folder>` in LLaVA and its forks, or `AutoModel.from_pretrained("<this folder>")`.'
     if is_open_clip(str(tower_dir)):
@@ -266,13 +266,16 @@ def data_line(manifest: dict[str, Any]) -> str:
     return ", ".join(f"{line} in {name.replace('stage', 'stage ')}" for name, line in lines.items())
 
 
-def _measured(run_dir: Path) -> str:
-    """The lines of ``eval/mmvp_vlm.json``, or how to make it."""
+def _measured(run_dir: Path, marker: dict[str, Any]) -> str:
+    """Returns the scores in ``eval/mmvp_vlm.json``, or how to measure if the tower with this marker is not among them.
+
+    A run's folder has the scores of its own tower; towers of another lora_scale or step are exported from it too.
+    """
     command = f"llava-genhancer mmvp-vlm ORIGINAL TOWER --data DIR --output {run_dir.name}/eval/mmvp_vlm.json"
     path = run_dir / "eval" / "mmvp_vlm.json"
-    if not path.exists():
+    results = run.read_json(path) if path.exists() else {"towers": []}
+    if all(tower.get("weights") != marker.get("weights") for tower in results["towers"]):
         return f"Not measured yet: `{command}`."
-    results = run.read_json(path)
     lines = ["| tower | right | score (%) | 95 % interval |", "|---|---|---|---|"]
     for tower in results["towers"]:
         score = tower["average"]

@@ -165,6 +165,22 @@ def test_the_report_and_the_card_name_the_runs_own_method(suffix, tmp_path):
     assert ("genhancer" in card.splitlines()[4]) == (suffix in ("flow", "masked", "flux"))
 
 
+def test_a_card_shows_the_scores_of_its_own_tower_only(tmp_path):
+    """Another lora_scale or snapshot of the run, or the tower of a longer training, is another tower."""
+    recipe = get_recipe("openai-l14-224")
+    enhanced = dataclasses.replace(tower(tmp_path / "tower", recipe), weights=WEIGHTS["weights"])
+    run = build_run(tmp_path / "run", result(0, 0.2), enhanced)
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(manifest | {"versions": {"llava_genhancer": "0"}}))
+    write_card(tmp_path / "tower", run)
+    assert f"{enhanced.average.right}/135" in (tmp_path / "tower" / "README.md").read_text()
+    tower(tmp_path / "tower", recipe, lora_scale=0.5, weights={"model.safetensors": "1"})
+    write_card(tmp_path / "tower", run)
+    card = (tmp_path / "tower" / "README.md").read_text()
+    assert "Not measured yet" in card
+    assert "/135" not in card
+
+
 def test_an_enhanced_tower_in_the_first_place_is_not_called_original(tmp_path):
     recipe = get_recipe("openai-l14-224")
     enhanced = dataclasses.replace(tower(tmp_path / "marker", recipe), label="mine")

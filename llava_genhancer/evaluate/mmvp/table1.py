@@ -26,7 +26,7 @@ def markdown(results: Sequence[MmvpResult]) -> str:
     for r in results:
         cells = [f"{s.percent:.1f}" for s in r.patterns]
         rows.append([f"**{text(r.label)}**", *cells, f"**{r.average.percent:.1f}**"])
-    other = "" if known else " No measured tower has a backbone of theirs: their figures are of other models."
+    other = "" if known else " No measured tower is known to have a backbone of theirs: do not compare."
     note = (
         "Pairs right in percent; published rows are Table 1 of arXiv 2503.19480 where no other source is named, "
         f"measured ones in bold.{other}"
