@@ -239,12 +239,13 @@ def test_decoding(settings: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @pytest.fixture
 def spoilt(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of ScienceQA whose document 2 is far too long, and whose document 5 has bytes for an image."""
+    """A copy of ScienceQA whose document 2 is far too long, 5 has bytes for an image, and 6 has no options."""
     import datasets
 
     rows = datasets.load_dataset(str(data / "lmms-lab-encoder/ScienceQA"), "ScienceQA-IMG", split="test")
     values = rows.cast_column("image", datasets.Image(decode=False)).to_dict()
     values["hint"][2] = "A longer story, told in words. " * 400
+    values["choices"][6] = []
     values["image"][5] = {"bytes": b"no image", "path": None}
     folder = tmp_path / "spoilt" / "lmms-lab-encoder" / "ScienceQA"
     folder.mkdir(parents=True)
@@ -274,21 +275,23 @@ def test_one_bad_document_ends_nothing(
     told = capsys.readouterr().err
     assert "task scienceqa_img, document 2 has no answer: a question with its images is" in told
     assert "task scienceqa_img, document 5 has no answer: its image cannot be read" in told
+    lost = [2, 5, 6] if answer == "likelihood" else [2, 5]  # words can be generated without options
+    assert ("document 6 has no answer: it has no options to choose among" in told) == (6 in lost)
     said = replies(found, "scienceqa_img")
-    assert [i for i, reply in enumerate(said) if reply.startswith("[not answered] ")] == [2, 5]
-    assert found["results"]["scienceqa_img"]["scienceqa_unanswered,none"] == 2
+    assert [i for i, reply in enumerate(said) if reply.startswith("[not answered] ")] == lost
+    assert found["results"]["scienceqa_img"]["scienceqa_unanswered,none"] == len(lost)
     assert found["results"]["scienceqa_img"]["scienceqa_n,none"] == len(hub.SCIENCEQA)
     right = sum(r == "AB"[d["answer"]] for r, d in zip(said, hub.SCIENCEQA, strict=True))
     if answer == "likelihood":
         assert found["results"]["scienceqa_img"]["scienceqa_accuracy,none"] == right / len(hub.SCIENCEQA)
     words = write_report(run).read_text()
-    assert "(2 of 8 not answered)" in words
+    assert f"({len(lost)} of 8 not answered)" in words
     assert re.search(
-        r"2 of 8 documents of scienceqa\\_img \(25.0 %\) could not be answered .* 2 \(a question .*; 5 \(its", words
+        rf"{len(lost)} of 8 documents of scienceqa\\_img .* could not be answered .* 2 \(a question .*; 5 \(its", words
     )
     (model,) = json.loads((run / "report.json").read_text())["table2"]["models"]
-    assert [(u["task"], u["document"]) for u in model["unanswered"]] == [("scienceqa_img", 2), ("scienceqa_img", 5)]
-    assert model["columns"]["scienceqa_img"]["unanswered"] == 2
+    assert [(u["task"], u["document"]) for u in model["unanswered"]] == [("scienceqa_img", i) for i in lost]
+    assert model["columns"]["scienceqa_img"]["unanswered"] == len(lost)
 
 
 def test_one_documents_memory_ends_nothing_and_slows_nothing(

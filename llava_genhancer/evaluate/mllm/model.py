@@ -98,8 +98,9 @@ class LlavaGenhancer(lmms):
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Returns an answer to each document.
 
-        A document that cannot be answered (too long, an unreadable image, no memory for it alone) ends nothing: it is
-        named on stderr, and its reply is the reason, behind ``UNANSWERED``, in our tasks and nothing in others'.
+        A document that cannot be answered (too long, no options to choose among, an unreadable image, no memory for
+        the document alone) ends nothing: it is named on stderr, and its reply is the reason, behind ``UNANSWERED``, in
+        our tasks and nothing in others'.
         """
         with refusing():
             asked = [r.args for r in requests]
@@ -128,7 +129,7 @@ class LlavaGenhancer(lmms):
         """The answers to a batch of requests that are answered alike.
 
         Raises:
-            Unanswerable: a document of the batch is too long, or memory or decoder refuse its images.
+            Unanswerable: a document of the batch is too long or has no options, or memory or decoder refuse its images.
         """
         docs, asks = [], []
         for args in batch:
@@ -142,6 +143,8 @@ class LlavaGenhancer(lmms):
         if not chosen:
             return self._say(asks, batch[0][1])
         options = [options_of(args[4], doc) or [] for args, doc in zip(batch, docs, strict=True)]
+        if not all(options):
+            raise Unanswerable("it has no options to choose among")
         return [own[i] for own, i in zip(options, self._best(asks, options), strict=True)]
 
     def _report(self, asked: Sequence[tuple[Any, ...]], failed: Mapping[int, Unanswerable]) -> None:

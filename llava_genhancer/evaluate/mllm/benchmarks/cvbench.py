@@ -26,7 +26,7 @@ def prompt(doc: Mapping[str, Any], words: Mapping[str, str]) -> str:
 
 
 def options(doc: Mapping[str, Any]) -> list[str]:
-    return list(LETTERS[: len(doc["choices"])])
+    return list(LETTERS[: len(doc["choices"] or ())])
 
 
 def target(doc: Mapping[str, Any]) -> str:
@@ -34,7 +34,7 @@ def target(doc: Mapping[str, Any]) -> str:
 
 
 def process(doc: Mapping[str, Any], replies: Sequence[str]) -> dict[str, Item]:
-    answer = choice(replies[0], doc["choices"])
+    answer = choice(replies[0], doc["choices"] or ())
     part = "3D" if doc["type"] == "3D" else doc["source"]
     if part not in PARTS:
         raise InputError(f"CV-Bench question {doc['idx']}: source {part!r} is none of {', '.join(PARTS)}")

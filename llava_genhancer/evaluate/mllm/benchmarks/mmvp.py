@@ -30,7 +30,7 @@ def images(doc: Mapping[str, Any]) -> list[Any]:
 
 def choices(doc: Mapping[str, Any]) -> list[str]:
     """``"(a) Open (b) Closed"`` as a list."""
-    return [text.strip() for text in re.split(r"\([a-z]\)", doc["Options"])[1:]]
+    return [text.strip() for text in re.split(r"\([a-z]\)", doc["Options"] or "")[1:]]
 
 
 def prompt(doc: Mapping[str, Any], words: Mapping[str, str]) -> str:

@@ -17,11 +17,11 @@ def images(doc: Mapping[str, Any]) -> list[Any]:
 
 def prompt(doc: Mapping[str, Any], words: Mapping[str, str]) -> str:
     hint = f"Context: {doc['hint']}\n" if doc["hint"] else ""
-    return f"{hint}{doc['question']}\n{lettered(doc['choices'])}{words['post_prompt']}"
+    return f"{hint}{doc['question']}\n{lettered(doc['choices'] or ())}{words['post_prompt']}"
 
 
 def options(doc: Mapping[str, Any]) -> list[str]:
-    return list(LETTERS[: len(doc["choices"])])
+    return list(LETTERS[: len(doc["choices"] or ())])
 
 
 def target(doc: Mapping[str, Any]) -> str:
@@ -29,6 +29,6 @@ def target(doc: Mapping[str, Any]) -> str:
 
 
 def process(doc: Mapping[str, Any], replies: Sequence[str]) -> dict[str, Item]:
-    answer = choice(replies[0], doc["choices"])
+    answer = choice(replies[0], doc["choices"] or ())
     item = {"answer": answer, "right": answer == target(doc)}
     return dict.fromkeys(METRICS, item)
