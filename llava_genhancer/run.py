@@ -211,8 +211,9 @@ def open_run(
                 "versions": versions(),
                 "git": git_revision(),
                 "command": sys.argv,
+                "folder": os.getcwd(),
                 "seed": recipe.seed,
-                **{k: v for k, v in old.items() if k not in ("recipe", "versions", "git", "command", "seed")},
+                **{k: v for k, v in old.items() if k not in ("recipe", "versions", "git", "command", "folder", "seed")},
                 **facts,
             },
         )

@@ -5,6 +5,7 @@ Scores are in percent. Wilson's 95 % interval per detail, a stratified one for t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +153,7 @@ def save_results(path: str | Path, results: Sequence[QuestionResult], data: dict
         "scoring": SCORING,
         "chance": {detail: round(value, 2) for detail, value in first.chance.items()},
         "versions": versions(),
+        "folder": os.getcwd(),
         "models": [result.to_dict() for result in results],
         "comparisons": comparisons,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,6 +58,13 @@ def mmvp_table(results: Sequence[MmvpResult]) -> str:
                 row.append(printed if isinstance(printed, str) else f"{printed:.1f}")
         rows.append(row)
     return table(header, rows)
+
+
+def shell_line(words: Sequence[Any], folder: Any = None, environment: Mapping[str, Any] | None = None) -> str:
+    """Returns a shell's line that repeats a command in the folder and with the variables that the command was given."""
+    start = [f"cd {shlex.quote(str(folder))} &&"] if folder else []
+    variables = (f"{name}={shlex.quote(str(value))}" for name, value in (environment or {}).items())
+    return " ".join([*start, *variables, shlex.join(map(str, words))])
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from llava_genhancer.evaluate.question_results import Answer, QuestionResult
 from llava_genhancer.evaluate.question_results import save_results as save_answers
 from llava_genhancer.evaluate.report.write import FIGURES, write_report
 from llava_genhancer.recipes import get_recipe, to_dict
+from llava_genhancer.run import open_run
 
 DETAILS = ["facing", "count", "eyes"]
 SIDE = 12
@@ -111,6 +113,31 @@ def test_a_whole_run_is_reported_whole(full_run):
     assert facts["stages"]["2"]["skipped"]["skipped"] == 2
     assert facts["mmvp_vlm"]["comparisons"][0]["gained"] >= 0
     assert "pairs" not in facts["mmvp_vlm"]["towers"][0]
+
+
+def test_every_command_of_a_report_can_be_given_from_any_folder(tmp_path, monkeypatch):
+    """Commands with relative paths begin with the folder that they were given in; the report is named in full."""
+    start = tmp_path / "it's the start"
+    (start / "runs").mkdir(parents=True)
+    monkeypatch.chdir(start)
+    build_run(Path("runs/one"), result(0, 0.2), result(1, 0.4))
+    monkeypatch.setattr("sys.argv", ["/bin/llava-genhancer", "enhance", "tiny", "--output_dir", "runs/two"])
+    open_run(Path("runs/two"), get_recipe("tiny"), world_size=1)
+    shutil.copy("runs/two/manifest.json", "runs/one/manifest.json")
+    monkeypatch.chdir(start / "runs")
+    words = write_report("one", ["two"]).read_text()
+    monkeypatch.chdir(start)
+    block = words.split("```bash")[-1].split("```")[0].strip()
+    verbs = {}
+    for line in block.splitlines():
+        parts = shlex.split(line)
+        folder = parts[1] if parts[0] == "cd" else None
+        verbs[parts[parts.index("llava-genhancer") + 1]] = folder, parts
+    assert {verb: folder for verb, (folder, _) in verbs.items()} == {
+        "enhance": str(start), "mmvp-vlm": str(start), "questions": str(start), "report": None,
+    }  # fmt: skip
+    assert verbs["report"][1][2:] == [str(start / "runs" / "one"), str(start / "runs" / "two")]
+    assert verbs["mmvp-vlm"][1][-1] == str(start / "runs/one/eval/mmvp_vlm.json")
 
 
 def test_names_from_the_data_do_not_become_markup(full_run):

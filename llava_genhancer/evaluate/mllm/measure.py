@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_genhancer.errors import InputError
-from llava_genhancer.evaluate.mllm.plugin import DATA_VARIABLE, INSTALL, MODEL, environment
+from llava_genhancer.evaluate.mllm.plugin import DATA_VARIABLE, INSTALL, MODEL, UPSTREAM_VARIABLE, environment
 from llava_genhancer.evaluate.mllm.results import PROVENANCE, RESULTS
 from llava_genhancer.evaluate.mllm.start import checkpoint_folder
 from llava_genhancer.files import expand
@@ -78,7 +78,7 @@ def evaluate(
         command = ["-m", "lmms_eval", *words]
         if processes > 1:
             command = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *command]
-        if _done_before(output, command, folder):
+        if _done_before(output, command, folder, data):
             print(f"{label}: done before ({output})", flush=True)
         else:
             _call([sys.executable, *command], output, tasks, data)
@@ -97,11 +97,14 @@ def _gpus() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _done_before(output: Path, command: Sequence[str], checkpoint: Path) -> bool:
+def _done_before(output: Path, command: Sequence[str], checkpoint: Path, data: str | Path | None) -> bool:
+    """Returns whether the same command was finished on the same data and tasks with this checkpoint."""
     path = output / PROVENANCE
     if not path.is_file() or path.stat().st_mtime < (checkpoint / "config.json").stat().st_mtime:
         return False
-    return list(read_json(path).get("command", ()))[1:] == list(command)
+    ran, now = read_json(path), _environment(data)
+    same = all(ran.get("environment", {}).get(name) == now.get(name) for name in (DATA_VARIABLE, UPSTREAM_VARIABLE))
+    return same and list(ran.get("command", ()))[1:] == list(command)
 
 
 def _call(words: Sequence[str], output: Path, tasks: str, data: str | Path | None) -> None:

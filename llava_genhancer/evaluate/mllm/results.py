@@ -20,6 +20,7 @@ from llava_genhancer.errors import InputError
 from llava_genhancer.evaluate import resampling
 from llava_genhancer.evaluate.mllm.options import OPTIONS, OURS
 from llava_genhancer.evaluate.mllm.table2 import COLUMNS, Column
+from llava_genhancer.evaluate.words import shell_line
 from llava_genhancer.run import read_json
 
 RESULTS, SAMPLES = "_results.json", "_samples_"
@@ -79,9 +80,7 @@ class TaskRun:
         """
         ran = self.facts if self.facts.get("command") else (self.config.get("metadata") or {}).get("run") or {}
         if command := ran.get("command"):
-            folder = [f"cd {shlex.quote(str(ran['folder']))} &&"] if ran.get("folder") else []
-            environment = (f"{k}={shlex.quote(str(v))}" for k, v in ran.get("environment", {}).items())
-            return " ".join([*folder, *environment, shlex.join(map(str, command))])
+            return shell_line(command, ran.get("folder"), ran.get("environment"))
         given = self.settings.get("resolved_cli_args") or self.settings
         words = ["lmms-eval"]
         for name in SHOWN_ARGUMENTS:

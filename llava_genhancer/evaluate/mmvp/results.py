@@ -5,6 +5,7 @@ Scores are in percent. One pair is 0.74 points, guessing gives 25, and the binom
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,6 +201,7 @@ def results_to_dict(results: Sequence[MmvpResult], benchmark: Benchmark) -> dict
         "unit": "percent",
         "guess": GUESS,
         "versions": versions(),
+        "folder": os.getcwd(),
         "towers": [r.to_dict() for r in results],
         "comparisons": [
             {"tower": r.label, "against": results[0].label, **compare(results[0], r).to_dict()} for r in results[1:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from llava_genhancer.evaluate import figures
 from llava_genhancer.evaluate.markdown import code, table, text
 from llava_genhancer.evaluate.question_results import BLIND, SCORING, QuestionResult, compare, load_results
 from llava_genhancer.evaluate.report.gathered import Report
-from llava_genhancer.evaluate.words import duration, number, p_value, percent
+from llava_genhancer.evaluate.words import duration, number, p_value, percent, shell_line
 from llava_genhancer.run import MANIFEST, read_json
 
 # Folders below a run that hold LLaVA's trainings, by the tower that sees.
@@ -113,17 +112,19 @@ def commands(run_dir: Path) -> list[str]:
     """What trains and asks again, as each step was called."""
     calls = []
     for path in _manifests(run_dir)[1:]:
-        called = read_json(run_dir / path).get("command")
-        if isinstance(called, list):
-            calls.append(["llava-genhancer", *map(str, called[1:])])
+        manifest = read_json(run_dir / path)
+        if isinstance(called := manifest.get("command"), list):
+            calls.append(shell_line(["llava-genhancer", *called[1:]], manifest.get("folder")))
     if (run_dir / QUESTIONS).is_file():
         measured = read_json(run_dir / QUESTIONS)
         models = [m for m in measured["models"] if m["label"] != BLIND]
         names = [str(m["checkpoint"]) for m in models]
         labels = [str(m["label"]) for m in models]
         where = ["--data", str(measured["data"]["path"]), "--output", str(run_dir / QUESTIONS)]
-        calls.append(["llava-genhancer", "questions", *names, "--labels", *labels, *where])
-    return [shlex.join(call) for call in calls]
+        calls.append(
+            shell_line(["llava-genhancer", "questions", *names, "--labels", *labels, *where], measured.get("folder"))
+        )
+    return calls
 
 
 def manifests(run_dir: Path) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from llava_genhancer.evaluate.markdown import block, code, text
 from llava_genhancer.evaluate.report import llava_section
 from llava_genhancer.evaluate.report.gathered import Report
-from llava_genhancer.evaluate.words import fields
+from llava_genhancer.evaluate.words import fields, shell_line
 from llava_genhancer.method import read_fields
 from llava_genhancer.run import read_json
 
@@ -54,18 +53,20 @@ def commands(report: Report, baseline: Path | None) -> str:
         start = ["llava-genhancer"]
         if isinstance(world, int) and world > 1:
             start = ["torchrun", f"--nproc_per_node={world}", "-m", "llava_genhancer"]
-        lines.append(shlex.join([*start, *map(str, command[1:])]))
-    measured = report.run_dir / "eval" / "mmvp_vlm.json"
+        lines.append(shell_line([*start, *command[1:]], report.manifest.get("folder")))
+    run_dir = report.run_dir.resolve()  # the folder in which this command was given is not that of the others
+    measured = run_dir / "eval" / "mmvp_vlm.json"
     if measured.is_file():
         values = read_json(measured)
         towers = [str(t["tower"]) for t in values["towers"]]
         where = ["--data", str(values["benchmark"]["path"]), "--output", str(measured)]
         if all(str(t["label"]).endswith(WITH_LOCALS) for t in values["towers"]):
             where.append("--locals")
-        lines.append(shlex.join(["llava-genhancer", "mmvp-vlm", *towers, *where]))
-    lines += llava_section.commands(report.run_dir)
-    compared = ["--baseline", str(baseline)] if baseline else []
-    lines.append(shlex.join(["llava-genhancer", "report", *map(str, (report.run_dir, *report.others)), *compared]))
+        lines.append(shell_line(["llava-genhancer", "mmvp-vlm", *towers, *where], values.get("folder")))
+    lines += llava_section.commands(run_dir)
+    compared = ["--baseline", baseline.resolve()] if baseline else []
+    others = [other.resolve() for other in report.others]
+    lines.append(shell_line(["llava-genhancer", "report", run_dir, *others, *compared]))
     said = f"Recipes, versions and seeds: {links}." if (links := llava_section.manifests(report.run_dir)) else ""
     again = block([" ".join(line.split("\n")) for line in lines])
     return "\n\n".join(["## To repeat this", *([said] if said else []), again])
