@@ -218,9 +218,7 @@ def test_another_recipe_is_refused_with_every_difference(tmp_path) -> None:
     run.open_run(tmp_path, Recipe())
     (tmp_path / "stage1").mkdir()
     before = (tmp_path / run.MANIFEST).read_bytes()
-    with pytest.raises(
-        InputError, match=r"recipe \(lora_rank: 16 -> 8; stage2.max_steps: 5000 -> 4000; stage2.snap"
-    ):
+    with pytest.raises(InputError, match=r"recipe \(lora_rank: 16 -> 8; stage2.max_steps: 5000 -> 4000; stage2.snap"):
         run.open_run(tmp_path, override(Recipe(), {"lora_rank": 8, "stage2.max_steps": 4000}))
     assert (tmp_path / run.MANIFEST).read_bytes() == before
     for field in run.HARMLESS_FIELDS + run.EXPORT_FIELDS:
