@@ -1,9 +1,15 @@
 """Reads the answer in a generated reply: an option's letter, or yes or no; None where the reply gives no answer.
 
-Any model may be asked, so any wording may come back. Named rules are tried in a fixed order (``CHOICE_RULES`` and
-``YES_NO_RULES``); the first rule that decides ends the reading. The order is: the options themselves, then the first
-answer that the reply commits to (what follows is explanation, unless the reply corrects itself), then refusals, and
-last a reply that names one answer only. Tasks count a reply without an answer as wrong and report their number.
+Step 1 finds the answers that the reply names. The text is cleaned (no reasoning in tags, no Markdown, no LaTeX), and
+every answer in it becomes a mark: with the options "Open" and "Closed", "The answer is **B**. Open is wrong." becomes
+"the answer is ⑵. ① is wrong." From the words around a mark follows whether the reply rejects that answer ("① is
+wrong"), introduces it by a cue ("the answer is ②"), or names another one beside it ("① or ②").
+
+Step 2 tries the rules of ``CHOICE_RULES`` or ``YES_NO_RULES`` in their order; the first rule that decides ends the
+reading. Options themselves come first, then the first answer that the reply commits to (what follows is explanation,
+unless the reply corrects itself), then refusals, and last a reply that names one answer only.
+
+Tasks count a reply without an answer as wrong and report their number.
 """
 
 from __future__ import annotations
@@ -11,255 +17,181 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 LETTERS = "ABCDEFGH"
+_MARKS = "①②③④⑤⑥⑦⑧⑴⑵⑶⑷⑸⑹⑺⑻"  # answers named by words, then by letters; NFKC leaves none in the reply itself
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
+def _any(words: str) -> str:
+    """Returns a pattern for any of the phrases, which stand between commas or line ends."""
+    return "(?:" + "|".join(phrase.strip() for phrase in re.split("[,\n]", words) if phrase.strip()) + ")"
 
 
-# --- what a reply is made of -----------------------------------------------------------------------------------------
+# --- vocabulary: phrases between commas -------------------------------------------------------------------------------
+_YES = "yes, yeah, yep, yup, ja, oui, sí, да, はい, 是的, 是, 对"
+_NO = "no, nope, nah, nein, non, нет, いいえ, 不是, 没有, 否"
+_ALONE_YES = "true, correct, right, si, y, indeed, of course, probably, absolutely, definitely, certainly, affirmative"
+_ALONE_NO = "false, incorrect, wrong, negative, n"
+_PLACES = {"first": 0, "former": 0, "second": 1, "latter": 1, "third": 2, "fourth": 3, "fifth": 4, "last": -1}
+
+# A cue: "The answer to the question is most likely B" has a noun, a link and fillers; "I choose B" has a verb.
+_NOUNS = _any("""answer, option, choice, response, selection, antwort, respuesta, r[ée]ponse, risposta, resposta,
+    ответ, 答案, 选项, 正解, 回答, 答え, 정답""")
+_NOUN_ENDS = _any("(?:to|for) (?:the|this|that|your) \\w+, correct, correcta, corretta, correcte, here")
+_LINKS = _any("""is, was, are, ist, es, est, é, è, lautet, (?:would|should|must|could|might|may|has to) be,
+    (?:seems|appears) to be""")
+_LINK_SIGNS = "[:=→—>]|'s|-+>|是|为|為|は|은"
+_CHOOSING = _any("choose, chose, pick, picked, select, selected, go with, going with, opt for, elijo, wähle")
+_CHOOSING_CJK = "应?该?选择?|应该?[是为]"
+_FILLERS = _any("""the, my, that, it's, it, is, was, be, here, indeed, most, likely, probably, clearly, definitely,
+    simply, therefore, actually, really, just, obviously, option, choice, answer, letter, number, opción, die, la, le,
+    a, an, correct, right, best, final, only, accurate, appropriate, suitable, plausible""")
+# After a weak cue an answer counts where its clause ends with it: "so B." but not "so B shows a cat".
+_CONCLUDING = _any("so, therefore, thus, hence, but, rather, instead")
+_BELIEVING = _any("""it's, it is, this is, (?:it|this|that) (?:must|would|should|could|might|may) be, think,
+    believe, guess, say, probably, likely, maybe, perhaps, possibly, definitely, clearly, certainly, obviously, surely,
+    not sure\\W, (?:looks?|seems?|appears?)(?: like| to be)?""")
+_HEDGED = re.compile(_any("could, might, may, maybe, perhaps, possibly"))
+_CORRECTING = _any("""wait, actually, correction, scratch that, strike that, oops, on second thoughts?, i meant?,
+    on closer (?:look|inspection), let me (?:correct|reconsider|re-?check|rethink|look again), my mistake, i was wrong,
+    (?:no|sorry)(?=\\s?[^\\w\\s])""")
+# What stands around an answer that the reply praises or rejects: "A is correct", "not A", "A does not match".
+_PRAISING = _any("correct, right, best, true, accurate, likely, answer, closest, better, richtig")
+_REJECTING = _any("""not, incorrect, inaccurate, invalid, wrong, false, untrue, unlikely, less, impossible, out,
+    eliminated, excluded, ruled""")
+_BEING = _any("is, are, was, were, does, do, did, could, would, should, has, seems?, looks?, appears?, must, ist")
+_ADVERBS = _any("""the, to, be, clearly, more, most, also, indeed, definitely, probably, obviously, simply,
+    therefore""")
+_NEGATING = _any("""not, never, if, whether, unless, i doubt, initially, at first, than, without, unlike, neither,
+    nor, cannot, anything but, all but, \\w+n't""")
+_TURNING = _any("but, so, and, because, however, although, though")
+# Words that follow an answer. An A before any other word is an article; a "no" before any other word denies a noun.
+_REASONS = "because, since, as, due, for, given, not, rather, instead, over, here, if, the, this, there, it, i"
+_FOLLOWING = _any(f"""{_REASONS}, is, was, but, and, or, with, that, they, we, would, could, cannot, can't, whereas,
+    while, although, though, when, unlike, seems, looks, appears, shows, has, does, did, must, best, contains, depicts,
+    describes, isn't, doesn't""")
+
+# Refusals and doubts.
+_CANNOT = _any("cannot, can't, can not, could not, couldn't")
+_HARDLY = _any("""(?:unable|not able|impossible|not possible|no way|hard|difficult) to,
+    (?:insufficient|not enough) information to""")
+_DECIDE = _any(r"""tell, determine\w*, say, said, answer\w*, confirm\w*, identif\w+, verif\w+, decide\w*, judge\w*,
+    know\w*, infer\w*, conclude, discern, make out, ascertain""")
+_UNKNOWN = _any("""not (?:sure|certain|clear|enough|specified|determinable), unclear, unknown, undetermined,
+    indeterminate, unsure, (?:don't|do not) know, no idea, insufficient, it depends, depends on""")
+_UNSEEN = _any("not (?:visible|provided|mentioned|shown|given|stated)")
+_NO_HELP = _any(r"""unable, impossible, text-based, (?:as|i'm|i am) an ai, ai (?:language|assistant|model),
+    language model, (?:won't|refuse to|decline to|prefer not to|rather not) (?:answer|say), n/a, nobody knows, no way,
+    not (?:able|possible|capable|applicable), no (?:information|context|access|comment|answer|vision|eyes|ability),
+    no (?:image|photo|picture)s?(?! (?:of|frame|on|in)\b), too (?:blurry|blurred|dark|small|unclear|far),
+    (?:please|kindly|could you) (?:provide|upload|share|attach|describe)""")
+_HELP = _any(r"do, assist, help, provide, access, process, analy[sz]e, interpret, comply, fulfil, (?:see|view)(?=\W*$)")
+_LACKING = _any("don't, do not, doesn't, does not, didn't, did not, without, lack")
+_HAVING = _any("currently, actually, have, see, receive, provide, include, the, any, an, access to, enough, visual")
+_LACKED = _any(r"""access, ability, capabilit\w+, vision, eyes, information, context, capacity,
+    (?:image|picture|photo)s?(?! of)""")
+_PICTURE = _any(
+    "(?:(?:the|this|that|your|an?|any) )?(?:(?:actual|provided|attached) )?(?:image|picture|photo|photograph)s?"
+)
+_NOT_YET = _any("haven't, have not, hasn't, has not, didn't, did not, wasn't, was not, not been")
+_SENT = _any("provided?, attach(?:ed)?, upload(?:ed)?, load(?:ed)?, included?, received?")
+_AT_ALL = _any("it, that, this, what, whether, if, anything, clearly, well, enough, from here")
+
+# Sentences: "There is a dog", "There isn't". The empty words aside, they must be about the same things as the question.
+_DENYING = _any("""no(?! doubt), not, none, nothing, nobody, never, cannot, without(?! a doubt), neither, nor,
+    absent, missing, incorrect, false, untrue, (?:is|are|was|were|do|does|did|has|have|ca)nt, \\w+n't""")
+_CLAIMING = _any("""is, are, was, were, am, be, has, have, had, does, do, did, can, could, will, would, shows?,
+    contains?, includes?, depicts?, features?, sees?, exists?, appears?, seems?, wears?, covers?, ranges?, made,
+    (?:think|believe) so""")
+_EMPTY = _any("""a, an, the, there, here, it, they, this, that, these, those, i, we, you, he, she, in, on, at, of,
+    to, from, by, with, for, and, or, as, any, some, one, no, been, being, think, believe, so, probably, definitely,
+    absolutely, certainly, really, clearly, likely, course, image, picture, photo, figure, scene, visible, seen, shown,
+    present, according, yes, please, answer, indeed, actually, only, also""")
+
+# --- patterns on a reply as it came -----------------------------------------------------------------------------------
+_SIMPLE = re.compile(r"[A-Za-z0-9 .,;!?()'/-]*")  # nothing to clean
 _THOUGHT = "(?:think|thinking|thought|reasoning)"
-_REASONING = re.compile(rf"(?is)^.*(?:</|◁/|\[/){_THOUGHT}[>▷\]]|[<◁]{_THOUGHT}[>▷].*$")
+_REASONING = re.compile(rf"(?is)^.*(?:(?:</|◁/|\[/){_THOUGHT}[>▷\]]|\bassistant:)|[<◁]{_THOUGHT}[>▷].*$")
 _STRUCK = re.compile(r"~~.*?~~|<\|[^|>]*\|>|</?s>|<(?:end|start)_of_turn>")
-_MARKED = re.compile(
-    r"""(?isx) \\boxed\s*\{ ((?:[^{}]|\{[^{}]*\})*) \}             # LaTeX
+_BOXED = re.compile(
+    r"""(?isx) \\f?box(?:ed)?\s*\{ ((?:[^{}]|\{[^{}]*\})*) \}         # LaTeX
     | <(?:answer|conclusion)> (.*?) (?:</(?:answer|conclusion)>|$)  # XML
     | ["'](?:final_?\s?)?(?:answer|choice|option|prediction|response)["'] \s*:\s*  # JSON
       (?: "((?:[^"\\]|\\.)*)" | '([^']*)' | ([^\s,}\]]+) )"""
 )
 _TEX = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mathit|rm)\b\s*|\\[()\[\]]|[${}]")
-_EMPHASISED = re.compile(r"(\*\*?|__?|`)\(?([A-Ha-h])\)?\1(?!\w)")  # "**B**" becomes "(B)"
-_SIGNS = str.maketrans("’‘“”。、", "''\"\".,")
+_BOLD_LETTER = re.compile(r"(\*\*?|__?|`)\(?([A-Ha-h])\)?\1(?!\w)")
+_SIGNS = str.maketrans("’‘“”。、", "''\"\".,", "*_`#")
+_CJK_EDGE = re.compile("(?<=[\u3000-\u9fff\uac00-\ud7af])(?=[!-~])|(?<=[!-~])(?=[\u3000-\u9fff\uac00-\ud7af])")
 _BARE = " .,:;!?()[]<>\"'\n\t*_`#"  # around a reply that is an answer and nothing else
 
-# --- how a reply commits itself --------------------------------------------------------------------------------------
-_LINK = (
-    r"(?:\s*(?:\b(?:is|was|are|ist|es|est|(?:would|should|must|could|might|may|has to|(?:seems|appears) to) be)\b"
-    r"|'s\b|é\b|è\b|是|为|為|は|은|lautet\b|[:=→—]|[-=]>))+"
+# --- patterns on a text with marks ------------------------------------------------------------------------------------
+_LETTER = re.compile(  # "B", "(b)", "B. ②", "the second option", "the second", "option 2"
+    r"""(?<!\w)(?:(?<!\w['-])(?<!n/)[(\["'{<]{0,3}([a-h])(?![\w-]|'\w)(?!["']?\s*[:=]\s*[01]?\.\d)([)\]"'}>]{0,3})"""
+    rf"(\W{{1,5}}[{_MARKS}])?|(the )?({'|'.join(_PLACES)})"
+    r"(?: (?:one|option|choice|answer)\b|(?(4)(?=\W*$|[.;!\n])|(?!)))|(?:option|choice|answer) ([1-8])(?!\w|\.\d))",
+    re.IGNORECASE,
 )
-_FILLERS = (
-    r"(?:[\s:,\"'=>\[-]+|(?:the|my|that|it's|it|is|was|be|here|indeed|most likely|likely|probably|clearly|definitely"
-    r"|simply|therefore|actually|really|just|obviously|option|choice|answer|letter|number|opción|die|la|le"
-    r"|(?:correct|right|best|final|only|most \w+)(?=\s+(?:answer|option|choice|one|letter)))\b)*"
-)
-# A strong cue is followed by an answer. After a weak one ("but B shows a cat") the letter must end its clause too.
-_CUE = re.compile(
-    rf"""(?x) (?<![a-z'-]) (?:
-      (?P<strong> (?:answer|option|choice|response|selection|antwort|respuesta|r[ée]ponse|risposta|resposta|ответ
-          |答案|选项|正解|回答|答え|정답)
-        (?:\s+(?:to|for)\s+(?:the|this|that|your)\s+(?:question|image|problem|picture|puzzle))?
-        (?:\s+(?:corre[ct]+[ae]|here))? {_LINK}
-      | (?:choose|chose|pick|picked|select|selected|go(?:ing)?\s+with|opt\s+for|elijo|wähle)\b
-      | 应?该?选择? | 应该?[是为] )
-    | (?P<weak> (?:so|therefore|thus|hence|it's|it\s+is|this\s+is|(?:it|this|that)\s+(?:must|would|should|could
-    |might)\s+be
-        |think|believe|guess|say|probably|likely|maybe|perhaps|possibly|definitely|clearly|certainly|obviously|surely
-        |(?:looks?|seems?|appears?)(?:\s+like|\s+to\s+be)?|(?<!anything\ )but|rather|instead)\b )
-    ) {_FILLERS}"""
-)
-# Every cue in plain letters begins with one of these words.
-_MAY_STATE = _words(
-    """
-    answer answer's option choice response selection antwort respuesta reponse risposta resposta choose chose
-    pick picked select selected go going opt elijo so therefore thus hence it's it that this think believe guess
-    say probably likely maybe perhaps possibly definitely clearly certainly obviously surely look looks seem
-    seems appear appears but rather instead
-    """
-)
-_HEDGE = re.compile("could|might|may|maybe|perhaps|possibly")
-_NAMES_ANSWER = re.compile("answer|option|choice")
-_FINAL = re.compile(rf"\bfinal\s+(?:answer|choice){_LINK}{_FILLERS}")
-_AFFIRMED = (
-    r"\s+(?:is|was|seems?|looks?|appears?|would be|must be)\s+(?:to be\s+)?"
-    r"(?:(?:the|clearly|more|most|also|indeed|definitely)\s+)*"
-    r"(?:correct|right|best|true|accurate|likely|answer|closest|better)\b(?!\s+(?:side|hand))|\s+best\s+\w"
-    r"|\s+ist\s+richtig"
-)
-_PRAISE = re.compile(_AFFIRMED)
-_PRAISED = re.compile(rf"\b([A-H])\)?(?i:{_AFFIRMED})", re.ASCII)
-_LETTER = re.compile(r"([(\[{<\"' ]*)([A-Ha-h])(?![\w-]|'\w)([)\]}>\"']*)", re.ASCII)
-_ORDINAL = re.compile(
-    r"(?:the\s+)?(first|second|third|fourth|fifth|last|former|latter)"
-    r"(?:(?=\W*$|[.,;:!\n])|\s+(?:one|option|choice|answer)\b)"
-)
-_PLACE = {"first": 0, "former": 0, "second": 1, "third": 2, "fourth": 3, "fifth": 4, "last": -1, "latter": -1}
-_SERIES = re.compile(r"\s*(?:$|[.,\n]|or\b|and\b)")
-_LEAD = re.compile(
-    r"[\s>•\"'(\[-]*(?:(?:assistant|ai|gpt)\s*:\s*)?(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer|选项)\s*)?"
-)
-_CLAUSE_END = re.compile(
-    rf"""(?x) ["')\]]* (?: \s*(?:$|\n) | [)\].:,;!]+(?:\s|$|[^\x00-\x7f]) | \s*[—–(=] | \s+- | \.\. | …
-    | \s+(?:because|since|as|due|for|given|not|rather|instead|over|here|if|选项)\b | {_AFFIRMED} | \s*[^\x00-\x7f]
-    | (?<=[)\]])\s )"""
-)
-_NO_ARTICLE = re.compile(
-    r"\s+(?:is|was|because|since|as|but|and|or|with|for|the|this|that|it|there|due|given|not|would|could|cannot|can't"
-    r"|instead|although|though|whereas|while|when|if|unlike"
-    r"|seems|looks|appears|shows|has|does|did|must|best|rather|over|contains|depicts|describes)\b"
-)
-_REJECTED = re.compile(
-    r"""(?x) [)\]"':,?!]*[ ]*(?:\((?![a-h]\))[^)\n]*\)[ ]*)? (?: cannot\b|can't\b|不 |
-    (?:is|are|was|does|do|did|could|would|should|has|seems?|looks?|appears?)
-    (?: n't | \s+(?:(?:also|clearly|definitely|probably|obviously|simply|the|therefore)\s+)*
-      (?:not|incorrect|inaccurate|invalid|wrong|false|untrue|unlikely|less|impossible|out|eliminated|excluded
-      |ruled)\b ))"""
-)
+_ARTICLE = re.compile(rf" (?!{_FOLLOWING}\b)[a-zà-ÿ{_MARKS}]", re.IGNORECASE)
+_SPLIT = re.compile(f"([{_MARKS}])")
+_NOISE = re.compile(rf" ?\([^(){_MARKS}]*\)|[()\[\]{{}}<>\"]|(?<!\w)'|'(?!\w)")  # remarks in brackets, and quotes
+_FILL = rf"(?:[\s:,=>-]|{_FILLERS}\b)*"
+_STATING = rf"{_NOUNS}(?: {_NOUN_ENDS})?(?:(?:\s*(?:{_LINKS}\b|{_LINK_SIGNS}))+|\n)|{_CHOOSING}\b|{_CHOOSING_CJK}"
 _BEFORE = re.compile(
-    r"(?:\b(?:not|never|if|whether|unless|doubt)\s+|n't\s+|\b(?:initially|at first)\W+)"
-    r"(?:(?!(?:but|so|and|because|however)\b)[a-z']+\s+){0,3}$"
+    rf"(?<![a-z'-])(?:(?P<denied>{_NEGATING}(?: (?!{_TURNING}\b)[a-z']+){{0,3}}\s)|{_CONCLUDING}\b{_FILL})?"
+    rf"(?P<weak>(?:{_BELIEVING}|{_CORRECTING}[.!…]*)(?!\w){_FILL}|^\s*[:?]\s*)?"
+    rf"(?P<stated>(?P<final>final )?(?:{_STATING}){_FILL})?$"
 )
-_JOINED = re.compile(
-    r"\s*(?:([,;.|]|\n|-+>|\)?(?=\())|or\b|and\b|nor\b|/|&)\s*(?:(?:or|and|the|option|choice|answer)\s+)*"
-)
-_CORRECTS = r"""[.,;:!?…\n—(-]\s*(?:(?:oh|hmm+|but|or|well)\W+)?
-    (?:(?:wait|actually|correction|scratch\ that|strike\ that|oops|on\ second\ thoughts?|on\ closer\ (?:look|inspection)
-      |i\ meant?|let\ me\ (?:correct|reconsider|re-?check|rethink|look\ again)|my\ mistake|i\ was\ wrong|sorry%s)
-    (?=\W) (?!\s+(?:for|a|an|the)\b) [\s,.:;!—-]*)+"""
-_ONLY_NO = re.compile(r"\W*(?:(?:no|sorry)\W*)+")
-_RETRACTED = re.compile(_CORRECTS % "|no", re.VERBOSE)
-_RETRACTED_POLAR = re.compile(_CORRECTS % "", re.VERBOSE)  # where "no" is an answer
-
-# --- how a reply refuses ---------------------------------------------------------------------------------------------
-_PICTURE = (
-    r"(?:the |this |that |your |an?y? |actual |provided |attached |uploaded )*"
-    r"(?:image|picture|photo|photograph|figure|screenshot|visual|content)s?"
-)
-_UNDECIDED = (
-    r"(?:cannot|can't|can not|could not|couldn't|unable to|not able to|impossible to|no way to|(?:hard|difficult) to"
-    r"|not possible to|(?:insufficient|not enough) information to) (?:\w+ly )?(?:be )?(?:tell|determined?|say|said"
-    r"|answer(?:ed)?|confirm(?:ed)?|identif(?:y|ied)|verif(?:y|ied)|decided?|judged?|know|known|inferred|infer|conclude"
-    r"|discern|make out|ascertain)|not (?:sure|certain|clear|enough|specified|determinable)|unclear|unknown"
-    r"|undetermined"
-    r"|indeterminate|unsure|don't know|do not know|no idea|insufficient|hard to tell|it depends|depends on"
-)
+_PRAISE = rf"\s(?:is|was|seems?|looks?|appears?|would|must|ist) (?:{_ADVERBS} )*{_PRAISING}\b(?! side| hand)|\sbest\s\w"
+_PRAISED = re.compile(_PRAISE)
+_REJECTED = re.compile(rf"[\s:,]*(?:cannot\b|can't\b|不|{_BEING}(?:n't\b|\s(?:{_ADVERBS}\s)*{_REJECTING}\b))")
+_ENDS = re.compile(rf"\s*(?:$|[.,:;!…\n—–=]|[^\x00-\x7f])|\s-|\s{_any(_REASONS)}\b|{_PRAISE}")
+_JOIN = re.compile(r"[\s,;./|&>-]*(?:(?P<word>or|and|nor)\b[\s,;.]*)?(?:(?:or|the|option|choice|answer)\b[\s,;.]*)*")
+_SERIES = re.compile(r"\s*(?:$|[.,\n]|or\b|and\b)")
+_LEAD = r"[\s>•,-]*(?:(?:the|a|an|correct|option|choice|answer|assistant|ai|gpt|选项)\b[\s:,]*)*$"
+_LEADS = re.compile(_LEAD)
+_LAST_LINE = re.compile(rf"(?s)\w.*\n{_LEAD}")
+_MARKER = re.compile(r"[(\[]?[A-Ha-h][)\].:]")
+_LINE = re.compile(r"(?:^|\n)[\s>•-]*(?:(?:option|choice)\s)?$")
+_CORRECTS = re.compile(rf"[^\w\s]\s*(?:(?:oh|hmm+|but|or|well|no)\W+)?{_CORRECTING}(?!\w| (?:for|a|an|the)\b)")
+_DOUBT = rf"{_UNKNOWN}|(?:{_CANNOT}|{_HARDLY})(?: \w+ly)?(?: be)? {_DECIDE}"
+_DOUBTS = re.compile(rf"\b(?:{_DOUBT}|{_UNSEEN})\b")
 _REFUSAL = (
-    rf"{_UNDECIDED}|unable|impossible|text-based|as an ai|i'm an ai|i am an ai|ai (?:language|assistant|model)"
-    rf"|language model"
-    r"|(?:won't|refuse to|decline to|prefer not to|rather not) (?:answer|say)|n/a\b|nobody knows|no way\b"
-    r"|not (?:able|possible|capable|applicable)|no (?:information|context|access|comment|answer|vision|eyes|ability"
-    r"|capability)"
-    r"|(?:haven't|have not|hasn't|has not|didn't|did not|wasn't|was not|not been) (?:been )?"
-    r"(?:provide|attach|upload|load|include|receive)"
-    r"|(?:don't|do not|doesn't|does not|didn't|without|lack)(?: currently| actually)? (?:have|see|receive|possess"
-    r"|include)?"
-    r" ?(?:the |any |an |access to |ability to |enough |visual |direct )*(?:access|ability|capabilit|vision|eyes"
-    r"|information"
-    r"|context|capacity|(?:image|picture|photo)s?\b(?! of))"
-    r"|(?:cannot|can't|can not|couldn't|could not) (?:\w+ly )?(?:do|assist|help|provide|access|process|analy[sz]e"
-    r"|interpret"
-    rf"|comply|fulfil|(?:see|view|open|display) (?:{_PICTURE}|it|that|this|what|whether|if|anything|clearly|well|enough"
-    r"|from here)\b|(?:see|view)\W*$|\W*$)|no (?:image|photo|picture)s?\b(?! (?:of|frame|on|in))"
-    rf"|{_PICTURE} (?:is|was|are|were|has|have)(?:n't| not)(?: been)? (?:visible|provided|available|attached|shown"
-    rf"|loaded"
-    r"|included|uploaded|clear)|(?:please|kindly|could you) (?:provide|upload|share|attach|describe)"
-    r"|too (?:blurry|blurred|dark|small|unclear|far)\b"
+    rf"{_DOUBT}|{_NO_HELP}|{_NOT_YET}(?: been)? {_SENT}|{_LACKING}(?: {_HAVING})* {_LACKED}"
+    rf"|{_CANNOT}(?: \w+ly)? (?:{_HELP}|(?:see|view|open|display) (?:{_PICTURE}|{_AT_ALL}))"
+    rf"|{_PICTURE} (?:is|was|are|were|has|have)(?:n't| not)(?: been)? (?:{_SENT}|visible|available|shown|clear)"
 )
-_ABSENT = "not (?:visible|provided|mentioned|shown|given|stated)"
-_REFUSES = re.compile(rf"\b(?:{_REFUSAL})")
+_REFUSES = re.compile(rf"\b(?:{_REFUSAL})\b")
 # Where options are offered, a plain "cannot" or "not visible" denies all of them; to "is there a dog?" it is a "no".
-_REFUSES_ALL = re.compile(
-    rf"\b(?:{_REFUSAL}|neither|none\b|sorry|apologi[sz]|cannot|can't|can not|couldn't|could not|{_ABSENT})"
-)
-# Every refusal has one of these words, which are looked up before the long pattern is tried.
-_MAY_REFUSE = _words(
-    """
-    cannot can't not couldn't unable impossible no hard difficult insufficient unclear unknown undetermined
-    indeterminate unsure don't do doesn't didn't depends sorry apologize apologise apologies apologizes ai
-    language text neither none without lack isn't n won't refuse decline prefer rather nobody have has did was
-    wasn't aren't weren't hasn't haven't please kindly could too
-    """
-)
-_DOUBTS = re.compile(rf"\b(?:{_UNDECIDED}|{_ABSENT})")
-_NEGATED = re.compile(
-    r"(?:\b(?:anything|all) but|\b(?:not|neither|nor|than|cannot|never|without)|n't)\s+"
-    r"(?:(?:the|an?|be|see|option|answer|choice|really|necessarily)\s+)*\(?$"
-)
-_MARKER = re.compile(r"[(\[\"']*[a-h](?:[)\].:,;]|$|\n)")
-_NEXT = re.compile(r"[\s.,;:|/-]*(?:(?:or|and)\s+)?\(?([a-h])[).:]\s*")
-_NEXT_WORD = re.compile(r" +\w")
-_NAMED = re.compile(r"\(([A-Ha-h])\)|(?<![\w'-])([A-H])(?!\w|['-]\w)")
-_LISTED = re.compile(r"(?m)^[\s>•-]*(?:(?:option|choice)\s+)?\(?([a-h])(?:[).:]|\s+-)(?=\s|$)")
-
-# --- yes and no ------------------------------------------------------------------------------------------------------
-_YES_NO = tuple(
-    (word, answer)
-    for answer, words in (
-        ("yes", ("yes", "yeah", "yep", "yup", "ja", "oui", "sí", "да", "はい", "是的", "是", "对")),
-        ("no", ("no", "nope", "nah", "nein", "non", "нет", "いいえ", "不是", "没有", "否")),
-    )
-    for word in words
-)
-_WHOLE = {
-    **dict(_YES_NO),
-    **dict.fromkeys(("true", "correct", "right", "si", "y", "indeed", "of course", "probably"), "yes"),
-    **dict.fromkeys(("absolutely", "definitely", "certainly", "affirmative"), "yes"),
-    **dict.fromkeys(("false", "incorrect", "wrong", "negative", "n"), "no"),
-}
+_REFUSES_ALL = re.compile(rf"\b(?:{_REFUSAL}|{_CANNOT}|{_UNSEEN}|neither|none|sorry|apologi[sz]\w*)\b")
 _CLAUSE_CUT = re.compile(r"(?s).*(?:[.;,\n]|\b(?:but|although|though|however)\b)")
-_CLAUSES = re.compile(r"[.;!?\n]+|,?\s+(?:but|while|whereas|although|though|however)\s+|,\s+and\s+")
-_DENIES = re.compile(
-    r"\b(?:no(?! doubt)|not|none|nothing|nobody|never|cannot|without(?! a doubt)|neither|nor|absent|missing"
-    r"|incorrect|false"
-    r"|untrue|(?:is|are|was|were|do|does|did|has|have|ca)nt)\b|n't\b"
-)
-_CLAIMS = re.compile(
-    r"\b(?:is|are|was|were|am|be|has|have|had|does|do|did|can|could|will|would|shows?|contains?|includes?|depicts?"
-    r"|features?"
-    r"|sees?|exists?|appears?|seems?|wears?|covers?|ranges?|made|(?:think|believe) so)\b|'(?:s|re)\b"
-)
-_PLAIN_WORD = re.compile("[a-z']+")
+_CLAUSES = re.compile(r"[.;!?\n]+|,?\s(?:but|while|whereas|although|though|however)\s|,\sand\s")
+_DENIES = re.compile(rf"\b{_DENYING}\b")
+_CLAIMS = re.compile(rf"\b{_CLAIMING}\b|'(?:s|re)\b")
+_EMPTY_WORDS = re.compile(rf"\b(?:{_DENYING}|{_CLAIMING}|{_EMPTY})\b|'\w+")
 _WORD = re.compile(r"[^\W_]+(?:\.\d+)?")
-_EMPTY_WORDS = _words(
-    """
-    a an the is are was were am be been being has have had do does did can could will would there here it they
-    this that these those i we you he she in on at of to from by with for and or as any some one no not none
-    nothing t s re m isnt arent wasnt dont doesnt didnt hasnt cant isn aren wasn weren don doesn didn hasn haven
-    couldn wouldn won cannot think believe so probably definitely absolutely certainly really clearly likely
-    course image picture photo figure scene visible seen see shown shows show contains contain includes include
-    present appears appear exist exists according yes please answer so indeed actually only also
-    """
-)
-
-
-_CONJUNCTIONS = frozenset(("so", "therefore", "thus", "hence", "but", "rather", "instead"))
+_ENDING = re.compile(r"(?<=\w\w\w)(?:es|(?<!s)s|e|ed|ing)$")
 
 
 class Reading(NamedTuple):
-    """Holds what was read in a reply.
+    """Holds what was read in a reply."""
 
-    Attributes:
-        answer: a letter, ``"yes"``, ``"no"``, or None.
-        rule: the name of the rule that decided; ``"nothing found"`` where none did.
-    """
-
-    answer: str | None
-    rule: str
+    answer: str | None  # a letter, "yes" or "no"
+    rule: str  # the name of the rule that decided; "nothing found" where none did
 
 
 def choice(reply: str, options: Sequence[str]) -> str | None:
-    """Returns the letter of the option that a reply chooses.
-
-    Args:
-        reply: any text.
-        options: the options' texts, in the order of their letters; eight at most.
-
-    Returns:
-        ``"A"``, ``"B"``, ... or None.
-    """
+    """Returns the letter of the option that a reply chooses, or None; ``options`` are eight texts at most."""
     return read_choice(reply, options).answer
 
 
 def yes_or_no(reply: str, question: str = "") -> str | None:
     """Returns ``"yes"``, ``"no"`` or None.
 
-    Args:
-        reply: any text.
-        question: what was asked. A sentence without the word yes or no ("There is a dog", "There isn't") answers only
-            a question about the same things; without a question, the first sentence counts.
+    A sentence without the word yes or no ("There is a dog", "There isn't") answers only a question about the same
+    things; without a question, the first sentence counts.
     """
     return read_yes_or_no(reply, question).answer
 
@@ -267,325 +199,202 @@ def yes_or_no(reply: str, question: str = "") -> str | None:
 def read_choice(reply: str, options: Sequence[str]) -> Reading:
     """Returns the letter that :func:`choice` returns and the name of the rule that decided."""
     offered = _offered(tuple(options))
-    bare = reply.strip(_BARE)
-    if len(bare) == 1 and (letter := bare.upper()) in offered.letters:
-        return Reading(letter, "letter alone")
-    same = offered.exact.get(reply.strip()) or offered.whole.get(bare.lower())
-    if same and len(same) == 1:
-        return Reading(offered.letters[same[0]], "option")
-    return _read(_Reply(reply, offered), CHOICE_RULES)
+    if answer := offered.whole.get(reply.strip(_BARE).lower()):
+        return Reading(answer, "option")
+    if (own := reply.strip()) in offered.options:
+        return Reading(offered.answers[offered.options.index(own)], "option")
+    return _read(_prepare(reply, offered), CHOICE_RULES)
 
 
 def read_yes_or_no(reply: str, question: str = "") -> Reading:
     """Returns the answer that :func:`yes_or_no` returns and the name of the rule that decided."""
-    bare = reply.strip(_BARE).lower()
-    if bare in ("yes", "no"):
-        return Reading(bare, "option")
-    return _read(_Reply(reply, _POLAR, question), YES_NO_RULES)
+    if same := _YES_OR_NO.whole.get(reply.strip(_BARE).lower()):
+        return Reading(same, "option")
+    return _read(_prepare(reply, _YES_OR_NO, question), YES_NO_RULES)
 
 
+# --- step 1: the answers that a reply names ---------------------------------------------------------------------------
 class _Offered(NamedTuple):
-    """Holds the answers that a question offers; ``letters`` is empty for yes and no."""
+    """Holds the answers that a question offers."""
 
-    texts: Sequence[str]
-    letters: str
-    exact: dict[str, tuple[int, ...]]  # an option's text: the options that have it
-    whole: dict[str, tuple[int, ...]]  # a text without case, emphasis and outer punctuation: the options that have it
-    lettered: tuple[re.Pattern[str], ...]  # the texts that hold a letter of their own: "vitamin B"
-    forms: tuple[tuple[str, str], ...]  # words by which a sentence names an answer, the longest first
-    starts: dict[str, list[tuple[str, str]]]  # the same by their first character
-
-
-def _by_start(forms: Sequence[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
-    return {start: [entry for entry in forms if entry[0][0] == start] for start in {form[0] for form, _ in forms}}
+    answers: Sequence[str]  # letters, or "yes" and "no"
+    options: tuple[str, ...]  # the options' texts; empty for yes and no
+    whole: dict[str, str]  # a letter or text without case, emphasis and outer signs: its answer, "" if several share it
+    named: re.Pattern[str]  # finds words that name an answer
+    marks: dict[str, str]  # such words in lower case: the mark of their answer
+    doubt: str  # the only answer that is itself a doubt: "Cannot be determined"
 
 
-_POLAR_FORMS = tuple(sorted(_YES_NO, key=lambda entry: -len(entry[0])))
-_POLAR = _Offered((), "", {}, {}, (), _POLAR_FORMS, _by_start(_POLAR_FORMS))
+class _Mention(NamedTuple):
+    """Holds one place where a reply names an answer."""
+
+    answer: str
+    before: str  # the words since the mention before
+    after: str  # the words up to the next mention
+    cue: str  # how a cue, praise or a last line commits the reply: "final", "stated", "hedged"; else ""
+    rejected: bool  # "not ①", "① is wrong"
+    joined: bool  # another answer stands beside it: "① or ②"
+    ends: bool  # the clause ends after the answer, or a reason follows
+    lettered: bool  # a letter names the answer
+
+
+class _Reply(NamedTuple):
+    """Holds a prepared reply."""
+
+    text: str  # without reasoning, LaTeX and Markdown
+    low: str  # in lower case, with marks for the answers
+    mentions: list[_Mention]
+    boxed: list[str]  # what stands in LaTeX boxes, answer tags and JSON fields
+    offered: _Offered
+    question: str
 
 
 @lru_cache(maxsize=4096)
 def _offered(options: tuple[str, ...]) -> _Offered:
-    letters = LETTERS[: len(options)]
-    plain = [_plain(option) for option in options]
-    exact, whole = (
-        {own: tuple(i for i, other in enumerate(texts) if other == own) for own in texts if own}
-        for texts in ([option.strip() for option in options], plain)
-    )
-    for own, same in list(whole.items()) if len(whole) == len(plain) else ():
-        letter = letters[same[0]].lower()
-        whole.update(
-            dict.fromkeys((f"{letter}. {own}", f"{letter}) {own}", f"{letter}: {own}", f"{letter} {own}"), same)
-        )
-    forms = []
-    for option, own, letter in zip(options, plain, letters, strict=True):
-        forms.append((own if plain.count(own) == 1 else _unmarked(option), letter))
+    answers, plain, doubts = LETTERS[: len(options)], [_plain(_lines(option)) for option in options], []
+    whole: dict[str, str] = {}
+    words: dict[str, str] = {}
+    for letter, option, own in zip(answers, options, plain, strict=True):
+        whole |= dict.fromkeys((f"{letter}{sign} {own}".lower() for sign in ("", ".", ")", ":")), letter)
+        words[own if plain.count(own) == 1 else _unmarked(option)] = letter
         clause = re.split("[,;:(]", own)[0].strip()  # "neither" of "neither; the samples are alike"
-        if sum(clause in other for other in plain) == 1 and clause != own:
-            forms.append((clause, letter))
-    lettered = tuple(
-        re.compile(rf"(?<!\w){re.escape(option)}(?!\w)", re.IGNORECASE)
-        for option in options if len(option) > 1 and re.search(rf"\b[{LETTERS}]\b", option)
-    )  # fmt: skip
-    usable = ((form, letter) for form, letter in forms if form and not (len(form) == 1 and form.isalpha()))
-    ordered = tuple(sorted(usable, key=lambda entry: -len(entry[0])))
-    return _Offered(options, letters, exact, whole, lettered, ordered, _by_start(ordered))
+        if sum(clause in other for other in plain) == 1:
+            words.setdefault(clause, letter)
+        doubts += [letter] if _DOUBTS.search(own) else []
+    whole |= {own: letter if plain.count(own) == 1 else "" for letter, own in zip(answers, plain, strict=True)}
+    whole |= {letter.lower(): letter for letter in answers}
+    words = {word: letter for word, letter in words.items() if word and not (len(word) == 1 and word.isalpha())}
+    return _Offered(
+        answers, tuple(map(str.strip, options)), whole, *_naming(words, answers), doubts[0] if len(doubts) == 1 else ""
+    )
 
 
-class _Reply:
-    """Holds a prepared reply: its text without reasoning and emphasis, and the answers that were offered."""
-
-    def __init__(self, reply: str, offered: _Offered, question: str = "") -> None:
-        self.marked: list[str] = []
-        if "<" in reply or "{" in reply or "[/" in reply or "~~" in reply or "◁" in reply:
-            reply = _STRUCK.sub("", _REASONING.sub("", reply))
-            self.marked = [next(filter(None, groups), "") for groups in _MARKED.findall(reply)]
-        self.raw = _TEX.sub("", reply) if "\\" in reply or "$" in reply else reply
-        self.text = _lines(self.raw)
-        self.low = _lower(self.text)
-        self.offered, self.letters, self.forms, self.question = offered, offered.letters, offered.forms, question
-
-    @cached_property
-    def words(self) -> set[str]:
-        return set(_PLAIN_WORD.findall(self.low))
-
-    @cached_property
-    def refuses(self) -> bool:
-        pattern = _REFUSES_ALL if self.letters else _REFUSES
-        return not _MAY_REFUSE.isdisjoint(self.words) and pattern.search(self.low) is not None
-
-    def token(self, at: int) -> tuple[str, int] | None:
-        """Returns the answer (an option's words, an ordinal or a letter) at a place in the text, and where it ends."""
-        low = self.low
-        while low[at : at + 1] in (" ", '"', "'", "("):
-            at += 1
-        for start in (at, at + 2) if low.startswith("a ", at) else (at,):
-            for form, answer in self.offered.starts.get(low[start : start + 1], ()):
-                if low.startswith(form, start) and _ends(low, start + len(form), form):
-                    return answer, start + len(form)
-        if not self.letters:
-            return None
-        if (found := _ORDINAL.match(low, at)) and _PLACE[found[1]] < len(self.letters):
-            return self.letters[_PLACE[found[1]]], found.end()
-        return self._letter(at)
-
-    def _letter(self, at: int) -> tuple[str, int] | None:
-        while at and self.text[at - 1] in "([{<":
-            at -= 1
-        if not (found := _LETTER.match(self.text, at)) or (letter := found[2].upper()) not in self.letters:
-            return None
-        end = found.end()
-        if own := self.own(letter, end):
-            return letter, own
-        if not found[3] and not set("([{<\"'") & set(found[1]):
-            following = self.low[end : end + 2]
-            if (
-                found[2].islower()
-                and not _PRAISE.match(self.low, end)
-                and following.lstrip(" ")[:1] not in ("", ".", ",", ";", ":", "!", "\n")
-            ):
-                return None
-            if (
-                letter == "A"
-                and following[:1] == " "
-                and following[1:].isalnum()
-                and not _NO_ARTICLE.match(self.low, end)
-            ):
-                return None
-        return letter, end
-
-    def own(self, letter: str, at: int) -> int | None:
-        """Returns the end of an option's text that follows the option's letter: ``B. two``."""
-        while self.low[at : at + 1] and self.low[at] in " ).:,-\"'(":
-            at += 1
-        for form, answer in self.forms:
-            if answer == letter and self.low.startswith(form, at) and _ends(self.low, at + len(form), form):
-                return at + len(form)
-        return None
-
-    def commits(self, at: int, *, weak: bool) -> tuple[str, int] | None:
-        """Returns the answer at a place, unless the reply rejects that answer or names another one beside it."""
-        found = self.token(at)
-        if not found or _REJECTED.match(self.low, found[1]):
-            return None
-        answer, end = found
-        if (joined := _JOINED.match(self.low, end)) and (other := self.token(joined.end())) and other[0] != answer:
-            # A comma or a full stop joins two answers only where nothing follows the second one.
-            apart = joined[1] is not None and not _SERIES.match(self.low, other[1])
-            apart = apart or (joined[1] in (".", "\n") and other[1] > joined.end() + 1)
-            if not apart and not _REJECTED.match(self.low, other[1]):
-                return None
-        return None if weak and not _CLAUSE_END.match(self.low, end) else found
-
-    def stated(self, start: int = 0) -> tuple[str, int] | None:
-        """Returns the first answer after a cue such as "the answer is", or before a praise such as "is correct"."""
-        praised, hedged = None, []
-        for found in _PRAISED.finditer(self.text, start) if self.letters else ():
-            if found[1] in self.letters and not self.denied(found.start()):
-                praised = found
-                break
-        cues = not self.low.isascii() or not _MAY_STATE.isdisjoint(self.words)
-        for found in _CUE.finditer(self.low, start) if cues else ():
-            if praised and found.start() > praised.start():
-                break
-            if (found["weak"] or "") not in _CONJUNCTIONS and self.denied(found.start()):
-                continue
-            weak = found["weak"] is not None and not _NAMES_ANSWER.search(found[0])
-            core, end = found.end(found.lastgroup or 0), found.end()
-            committed = self.commits(core, weak=weak)
-            if not committed and end > core:
-                committed = self.commits(end, weak=weak)
-            if committed and _HEDGE.search(found[0]):
-                hedged.append(committed)
-            elif committed:
-                return committed
-        if praised:
-            return praised[1], praised.end()
-        return hedged[0] if len({answer for answer, _ in hedged}) == 1 else None
-
-    def denied(self, at: int) -> bool:
-        """Returns whether the words before a place deny what follows or make it a condition."""
-        return _BEFORE.search(self.low[max(0, at - 40) : at]) is not None
-
-    def corrected(self, committed: tuple[str, int] | None) -> str | None:
-        """Returns the answer that stands after the reply's own corrections: "A... wait, B"."""
-        retracted = _RETRACTED if self.letters else _RETRACTED_POLAR
-        while committed and (found := retracted.search(self.low, committed[1])):
-            cue = _CUE.match(self.low, found.end())
-            again = self.commits(found.end(), weak=True) or (cue and self.commits(cue.end(), weak=True))
-            if not again and not _ONLY_NO.fullmatch(found[0]):
-                again = self.stated(found.end())
-            committed = again or (committed[0], found.end())
-        return committed and committed[0]
-
-    def lists(self) -> bool:
-        """Returns whether lines begin with the letters of several options."""
-        if "\n" not in self.low:
-            return False
-        listed = set()
-        for found in _LISTED.finditer(self.low):
-            letter = found[1].upper()
-            if letter in self.letters and not _REJECTED.match(self.low, self.own(letter, found.end()) or found.end()):
-                listed.add(letter)
-        return len(listed) > 1
+def _naming(words: dict[str, str], answers: Sequence[str]) -> tuple[re.Pattern[str], dict[str, str]]:
+    """Returns a pattern that finds the words, the longest first, and the mark of each."""
+    forms = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    ends = r"(?!\w|['-]\w|(?<=\d)[.,:/]\d)"  # "open" is in "open." but not in "opened", "3" in "3." but not in "3.5"
+    noun = rf"(?<!\bno(?=\s(?!{_FOLLOWING}\b)\w))"  # "no dog" is read with its sentence, by the statement rule
+    marks = {word: _MARKS[answers.index(answer)] for word, answer in words.items()}
+    return re.compile(rf"(?<!\w)(?:{forms or '(?!)'}){ends}{noun}", re.IGNORECASE), marks
 
 
+def _prepare(reply: str, offered: _Offered, question: str = "") -> _Reply:
+    """Cleans a reply and finds the answers that it names."""
+    boxed: list[str] = []
+    if _SIMPLE.fullmatch(reply):
+        reply = " ".join(reply.split())
+    else:
+        reply = _STRUCK.sub("", _REASONING.sub("", reply))
+        boxed = [next(filter(None, groups), "") for groups in _BOXED.findall(reply)]
+        reply = _lines(_TEX.sub("", reply))
+    low = offered.named.sub(lambda found: offered.marks.get(found[0].lower(), found[0]), reply)
+    if offered.options:
+        low = _LETTER.sub(lambda found: _mark(found, offered), low)
+    low = _NOISE.sub("", low.lower())
+    return _Reply(reply, low, _mentions(low, offered), boxed, offered, question)
+
+
+def _mark(found: re.Match[str], offered: _Offered) -> str:
+    """Returns the mark of a letter, a place or a number, or the text itself where it names no answer."""
+    letter, closed, own, _, place, number = found.groups()
+    if not letter:
+        i = int(number) - 1 if number else _PLACES[place.lower()]
+        return _MARKS[: len(offered.answers)][i] if i < len(offered.answers) else found[0]
+    if letter.upper() not in offered.answers:
+        return found[0]
+    i = offered.answers.index(letter.upper())
+    mark = _MARKS[8 + i]
+    if own and own[-1] == _MARKS[i]:
+        return mark
+    if not closed and (letter == "A" or letter.islower()) and _ARTICLE.match(found.string, found.end(2)):
+        return found[0]
+    return mark + (own or "")
+
+
+def _mentions(low: str, offered: _Offered) -> list[_Mention]:
+    """Returns the answers that a text with marks names, in their order."""
+    parts = _SPLIT.split(low)
+    found: list[_Mention] = []
+    for i in range(len(parts) - 2, 0, -2):  # from the last one, since an answer's standing depends on the next
+        before, mark, after = parts[i - 1 : i + 2]
+        answer, ends, joined, cue = offered.answers[_MARKS.index(mark) % 8], bool(_ENDS.match(after)), False, ""
+        near = before[-120:]  # so long texts take no longer
+        intro = _BEFORE.search(near) if near else None
+        rejected = bool((intro and intro["denied"]) or _REJECTED.match(after))
+        if found and found[-1].answer != answer and not found[-1].rejected and (join := _JOIN.fullmatch(after)):
+            sentences = "." in after and not offered.options  # "Yes. No, ..." commits itself to yes
+            joined = bool(join["word"] or (_SERIES.match(found[-1].after) and not sentences))
+        if not rejected and not joined:
+            if intro and (intro["stated"] or re.search("answer|option|choice", intro[0]) or (intro[0] and ends)):
+                hedged = intro["weak"] and _HEDGED.search(intro["weak"])
+                cue = "final" if intro["final"] else "hedged" if hedged else "stated"
+            elif _PRAISED.match(after) or (not found and _LAST_LINE.search(near) and not after.strip(_BARE)):
+                cue = "stated"
+        found.append(_Mention(answer, before, after, cue, rejected, joined, ends, _MARKS.index(mark) > 7))
+    return found[::-1]
+
+
+# --- step 2: the rules ------------------------------------------------------------------------------------------------
 Rule = Callable[[_Reply], str | None]  # an answer, "" for "no answer", None for "the next rule decides"
 
 
 def _option(reply: _Reply) -> str | None:
     """Reads a reply that is an option and nothing else: as it is, else without case, emphasis and outer punctuation."""
-    plain = _edged(reply.low)
-    if not reply.letters:
-        return _WHOLE.get(plain)
-    same = reply.offered.whole.get(plain, ())
-    if len(same) == 1:
-        return reply.letters[same[0]]
-    for form in (str.strip, _folded, _unmarked) if same else ():
-        exact = [i for i in same if form(reply.offered.texts[i]) == form(reply.raw)]
-        if exact:
-            return reply.letters[exact[0]] if len(exact) == 1 else ""
-    return "" if same else None
+    answer = reply.offered.whole.get(_plain(reply.text))
+    if answer == "":  # "Happy Easter" and "Happy Easter!"
+        same = [i for i, option in enumerate(reply.offered.options) if _unmarked(option) == _unmarked(reply.text)]
+        return reply.offered.answers[same[0]] if len(same) == 1 else ""
+    return answer
 
 
-def _marked(reply: _Reply) -> str | None:
+def _boxed(reply: _Reply) -> str | None:
     """Reads the last answer in a LaTeX box, an XML tag or a JSON field."""
-    answers = [_part(content, reply) for content in reply.marked]
-    return next(filter(None, reversed(answers)), None) if answers else None
-
-
-def _final(reply: _Reply) -> str | None:
-    """Reads the last "final answer"."""
-    if "final" not in reply.low:
-        return None
-    found = [reply.commits(m.end(), weak=False) for m in _FINAL.finditer(reply.low)]
-    return next((commit[0] for commit in reversed(found) if commit), None)
+    parts = [_prepare(content, reply.offered) for content in reversed(reply.boxed)]
+    return next((answer for part in parts if (answer := _option(part) or _leading(part))), None)
 
 
 def _leading(reply: _Reply) -> str | None:
     """Reads an answer that the reply begins with and that ends its clause; a list of the options is no answer."""
-    at = _LEAD.match(reply.low).end()  # type: ignore[union-attr]  # matches the empty string too
-    committed = reply.commits(at, weak=False)
-    if not committed:
+    first = reply.mentions[0] if reply.mentions else None
+    if not first or first.rejected or first.joined or not _LEADS.match(first.before):
         return None
-    answer, end = committed
-    if not reply.letters:
-        return None if _REFUSES.match(reply.low, at) else reply.corrected(committed)
-    if (follows := _NEXT.match(reply.low, end)) and (other := follows[1].upper()) != answer:
-        own = reply.own(other, follows.end())
-        if own and not _REJECTED.match(reply.low, own):
-            return None
-    if reply.low[end : end + 1] == "?":  # "A? No, B."
-        corrected = reply.corrected(committed)
-        return None if corrected == answer else corrected
-    bare = end == at + 1 and reply.text[end : end + 2].strip().isupper()  # "B The door ..."
-    ends = bare or _CLAUSE_END.match(reply.low, end) or _MARKER.match(reply.low, at)
-    return reply.corrected(committed) if ends and not reply.lists() else None
+    listed = (m for m in reply.mentions if _LINE.search(m.before) and m.after.lstrip()[:1] in (".", ":", "-"))
+    if len({mention.answer for mention in listed if not mention.rejected}) > 1:
+        return None
+    ends = first.ends or not reply.offered.options or _MARKER.match(reply.text)
+    return _corrected(reply.mentions) if ends else None
 
 
 def _stated(reply: _Reply) -> str | None:
-    """Reads the first answer that a sentence commits to: "the answer is B", "so B", "B is correct"."""
-    return reply.corrected(reply.stated())
-
-
-def _last_line(reply: _Reply) -> str | None:
-    """Reads the last of several lines, if that line is an answer and nothing else."""
-    if "\n" not in reply.text:
-        return None
-    first, *_, last = reply.text.split("\n")
-    if reply.lists() and _LISTED.match(last.lower()):
-        return None
-    return None if len(first.strip(_BARE)) == 1 else _part(last, reply)
-
-
-def _refusing_option(reply: _Reply) -> str | None:
-    """Reads a refusal in the words of one option, or any doubt where one option only is a doubt."""
-    if not reply.refuses:
-        return None
-    named = _named(reply, [entry for entry in reply.forms if _REFUSES_ALL.search(entry[0])])
-    if not named and _DOUBTS.search(reply.low):
-        named = {letter for form, letter in reply.forms if _DOUBTS.search(form)}
-    return named.pop() if len(named) == 1 else None
-
-
-def _before_refusal(reply: _Reply) -> str | None:
-    """Reads the clauses before a refusal: "The door is closed; I can't see inside"."""
-    refused = (_REFUSES_ALL if reply.letters else _REFUSES).search(reply.low) if reply.refuses else None
-    cut = _CLAUSE_CUT.match(reply.low, 0, refused.start()) if refused else None
-    if not cut or not (reply.letters or reply.question):
-        return None
-    before = _Reply(reply.text[: cut.end()], reply.offered, reply.question)
-    return (_only_letter(before) or _only_option(before)) if reply.letters else _statement(before)
+    """Reads the first answer to which a cue, praise, or a line of its own at the end commits the reply."""
+    for i, mention in enumerate(reply.mentions):
+        if mention.cue in ("stated", "final"):
+            return _corrected(reply.mentions[i:])
+    hedged = {mention.answer for mention in reply.mentions if mention.cue == "hedged"}
+    return hedged.pop() if len(hedged) == 1 else None
 
 
 def _refusal(reply: _Reply) -> str | None:
-    """Reads a refusal or a doubt as no answer."""
-    return "" if reply.refuses else None
+    """Reads a refusal as no answer, unless a clause before it answers: "The door is closed; I can't see inside".
+
+    A doubt is the only option that is a doubt: "It is unclear" means "Cannot be determined".
+    """
+    if reply.offered.doubt and not reply.mentions and _DOUBTS.search(reply.low):
+        return reply.offered.doubt
+    refused = (_REFUSES_ALL if reply.offered.options else _REFUSES).search(reply.low)
+    if not refused:
+        return None
+    cut = _CLAUSE_CUT.match(reply.low, 0, refused.start())
+    if not cut or not (reply.offered.options or reply.question):
+        return ""
+    before = reply._replace(low=cut[0], mentions=_mentions(cut[0], reply.offered))
+    return (_only(before) if reply.offered.options else _statement(before)) or ""
 
 
-def _only_letter(reply: _Reply) -> str | None:
-    """Reads the only letter that is named, negations aside; an A before a noun is an article."""
-    text = reply.text
-    for option in reply.offered.lettered:
-        text = option.sub("", text)
-    low, named = _lower(text), set()
-    for found in _NAMED.finditer(text):
-        letter, before = (found[1] or found[2]).upper(), low[max(0, found.start() - 40) : found.start()]
-        noun = found[2] == "A" and _NEXT_WORD.match(low, found.end()) and not _NO_ARTICLE.match(low, found.end())
-        if (
-            letter in reply.letters
-            and not noun
-            and not _NEGATED.search(before)
-            and not _BEFORE.search(before)
-            and not _REJECTED.match(low, found.end())
-        ):
-            named.add(letter)
-    return (named.pop() if len(named) == 1 else "") if named else None
-
-
-def _only_option(reply: _Reply) -> str | None:
-    """Reads the only option whose words are used, negations aside."""
-    named = _named(reply, reply.forms)
+def _only(reply: _Reply) -> str | None:
+    """Reads the only answer that is named, rejected ones aside; letters count before words."""
+    mentions = [mention for mention in reply.mentions if not mention.rejected]
+    named = {mention.answer for mention in ([m for m in mentions if m.lettered] or mentions)}
     return (named.pop() if len(named) == 1 else "") if named else None
 
 
@@ -596,40 +405,24 @@ def _statement(reply: _Reply) -> str | None:
         denies = _DENIES.search(clause)
         if denies or _CLAIMS.search(clause):
             told = _content(clause)
-            if not asked or _within(told, asked) or _within(asked, told):
+            if not asked or told <= asked or asked <= told:
                 return "no" if denies else "yes"
     return None
 
 
 CHOICE_RULES: tuple[tuple[str, Rule], ...] = (
     ("option", _option),
-    ("marked answer", _marked),
-    ("final answer", _final),
+    ("boxed answer", _boxed),
     ("leading answer", _leading),
     ("stated answer", _stated),
-    ("last line", _last_line),
-    ("refusing option", _refusing_option),
-    ("before a refusal", _before_refusal),
     ("refusal", _refusal),
-    ("only letter named", _only_letter),
-    ("only option named", _only_option),
+    ("only answer named", _only),
 )
-YES_NO_RULES: tuple[tuple[str, Rule], ...] = (
-    ("option", _option),
-    ("marked answer", _marked),
-    ("final answer", _final),
-    ("leading answer", _leading),
-    ("stated answer", _stated),
-    ("last line", _last_line),
-    ("before a refusal", _before_refusal),
-    ("refusal", _refusal),
-    ("only option named", _only_option),
-    ("statement", _statement),
-)
+YES_NO_RULES = (*CHOICE_RULES, ("statement", _statement))
 
 
 def _read(reply: _Reply, rules: Sequence[tuple[str, Rule]]) -> Reading:
-    if not reply.low:
+    if not reply.low.strip():
         return Reading(None, "empty")
     for name, rule in rules:
         answer = rule(reply)
@@ -638,93 +431,39 @@ def _read(reply: _Reply, rules: Sequence[tuple[str, Rule]]) -> Reading:
     return Reading(None, "nothing found")
 
 
-def _part(content: str, reply: _Reply) -> str | None:
-    """Returns the answer that a part of a reply is, without a sentence around it."""
-    bare = content.strip(_BARE).upper()
-    if len(bare) == 1 and bare in reply.letters:
-        return bare
-    part = _Reply(content, reply.offered)
-    return _option(part) or (_leading(part) if reply.letters and part.low else None)
+def _corrected(mentions: Sequence[_Mention]) -> str:
+    """Returns the first answer, or the one by which the reply corrects it: "A... wait, B", "A ... Final answer: B"."""
+    answer, corrects = mentions[0].answer, False
+    for mention in mentions[1:]:
+        corrects = corrects or _CORRECTS.search(mention.before) is not None
+        if (corrects and mention.cue) or mention.cue == "final":
+            answer = mention.answer
+    return answer
 
 
+# --- texts ------------------------------------------------------------------------------------------------------------
 def _lines(text: str) -> str:
     """Returns the text without emphasis and with single spaces; lines stay apart."""
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", text).translate(_SIGNS)
-    if "*" in text or "_" in text or "`" in text:
-        text = _EMPHASISED.sub(r"(\2)", text)
-    for sign in "*_`#":
-        if sign in text:
-            text = text.replace(sign, "")
-    if "\n" not in text:
-        return " ".join(text.split())
+        text = _CJK_EDGE.sub(" ", unicodedata.normalize("NFKC", text))
+    text = _BOLD_LETTER.sub(r"(\2)", text).translate(_SIGNS)  # "**B**" becomes "(B)"
     return "\n".join(filter(None, (" ".join(line.split()) for line in text.split("\n"))))
 
 
-def _lower(text: str) -> str:
-    """Returns the text in lower case, with every character in its place."""
-    low = text.lower()
-    return low if len(low) == len(text) else "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.split()).casefold()
-
-
 def _unmarked(text: str) -> str:
-    return _folded(_lines(text)).strip(" .\"'")
+    return _lines(text).lower().strip(" .\"'")
 
 
 def _plain(text: str) -> str:
-    return _edged(_lower(_lines(text)))
-
-
-def _edged(low: str) -> str:
-    low = low.replace("\n", " ")
+    low = text.lower().replace("\n", " ")
     return low.strip(" .,:;!?()[]\"'") or low
 
 
-def _ends(low: str, end: int, form: str) -> bool:
-    """Returns whether a word ends at a place: "open" in "open." but not in "opened", "3" in "3." but not in "3.5"."""
-    if end >= len(low) or not form[-1].isalnum():
-        return True
-    sign, following = low[end], low[end + 1 : end + 2]
-    if sign.isalnum():
-        return not sign.isascii() and form[-1].isascii()
-    if sign in ".,:/":
-        return not (following.isdigit() and form[-1].isdigit())
-    return sign not in "-'" or not following.isalnum()
-
-
-def _named(reply: _Reply, forms: Sequence[tuple[str, str]]) -> set[str]:
-    """Returns the answers whose words a reply uses without negation; a longer form hides the shorter ones inside it."""
-    named: set[str] = set()
-    taken: list[tuple[int, int]] = []
-    low = reply.low
-    for form, answer in forms:
-        at = low.find(form)
-        while at >= 0:
-            end = at + len(form)
-            whole = (at == 0 or not low[at - 1].isalnum()) and _ends(low, end, form)
-            if whole and not any(start <= at and end <= stop for start, stop in taken):
-                taken.append((at, end))
-                # "no" before a noun ("no dog") is read with its sentence, by the statement rule.
-                noun = form == "no" and _NEXT_WORD.match(low, end)
-                if not noun and not _NEGATED.search(low[max(0, at - 40) : at]) and not _REJECTED.match(low, end):
-                    named.add(answer)
-            at = low.find(form, end)
-    return named
-
-
 def _content(text: str) -> set[str]:
-    return set(_WORD.findall(text.lower())) - _EMPTY_WORDS
+    """Returns the words that say what a sentence is about, without their endings."""
+    return {_ENDING.sub("", word) for word in _WORD.findall(_EMPTY_WORDS.sub(" ", text.lower()))}
 
 
-def _within(words: set[str], others: set[str]) -> bool:
-    """Returns whether all words are among the others, endings aside ("dogs" and "dog")."""
-    stems = {stem for other in others for stem in _stems(other)}
-    return all(not stems.isdisjoint(_stems(word)) for word in words)
-
-
-def _stems(word: str) -> set[str]:
-    return {word, *(word.removesuffix(ending) for ending in ("s", "es", "ed", "ing") if len(word) > len(ending) + 2)}
+_WORDS = {**dict.fromkeys(_YES.split(", "), "yes"), **dict.fromkeys(_NO.split(", "), "no")}
+_ALONE = {**dict.fromkeys(_ALONE_YES.split(", "), "yes"), **dict.fromkeys(_ALONE_NO.split(", "), "no")}
+_YES_OR_NO = _Offered(("yes", "no"), (), _WORDS | _ALONE, *_naming(_WORDS, ("yes", "no")), "")
