@@ -49,6 +49,13 @@ def read_entries(path: str, digest: Any = None) -> Iterator[Entry]:
                 number += 1
             if listed and not character:
                 raise InputError(f"data {path} ends after {number} entries without closing its list: is it whole?")
+            if listed:
+                window.advance(window.at + 1)
+                if character := window.skip():
+                    raise InputError(
+                        f"data {path}: {character!r} follows the end of its list, after {number} entries: join several "
+                        "files into one list"
+                    )
             while digest is not None and window.read_more():
                 window.advance(len(window.text))
     except UnicodeDecodeError:

@@ -254,7 +254,8 @@ def build_loader(
     """
     tokenizer = load_tokenizer(recipe.llm)
     check_template(table.conversation, tokenizer)
-    tokens_per_image = llava_config(recipe).image_seq_length
+    config = llava_config(recipe)
+    tokens_per_image, rows = config.image_seq_length, config.text_config.vocab_size
     dataset = LlavaDataset(
         samples,
         template=table.conversation,
@@ -262,11 +263,12 @@ def build_loader(
         view=ImageView(load_image_processor(local(recipe.tower)), table.image_mode),
         tokens_per_image=tokens_per_image,
         max_length=recipe.max_length,
+        rows=rows,
     )
     ids = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, 0)
     return LlavaLoader(
         dataset,
-        Collator(next(i for i in ids if i is not None), tokens_per_image, packing=table.packing),
+        Collator(next(i for i in ids if i is not None and i < rows), tokens_per_image, packing=table.packing),
         batch_size=table.per_device_batch_size,
         accumulation=table.global_batch_size // (table.per_device_batch_size * world_size),
         by_modality=table.group_by_modality_length,

@@ -168,7 +168,8 @@ def check_weights(checkpoint: Checkpoint, source: str | os.PathLike) -> None:
         source: names the checkpoint in messages.
 
     Raises:
-        InputError: a weight is missing, has no place, or has another shape or type, with the first such weight.
+        InputError: a weight is missing, has no place, has another shape or type, or is not finite, with the first such
+            weight.
     """
     config = language_config(checkpoint.llm_config, source)
     try:
@@ -207,6 +208,10 @@ def check_weights(checkpoint: Checkpoint, source: str | os.PathLike) -> None:
                 raise InputError(
                     f"{source} cannot be used: {name} of the {part} is {value.dtype}, expected float32, float16 or "
                     "bfloat16: save it without quantisation"
+                )
+            if not value.isfinite().all():
+                raise InputError(
+                    f"{source} cannot be used: {name} of the {part} holds NaN or infinity: take an earlier checkpoint"
                 )
 
 

@@ -108,6 +108,7 @@ class LlavaDataset(Dataset):
         template: a conversation template's name.
         tokens_per_image: places that an image takes in the language model's input.
         max_length: longest sample in tokens, images included.
+        rows: of the language model's embeddings, if known; a tokenizer may have more tokens.
     """
 
     def __init__(
@@ -119,10 +120,11 @@ class LlavaDataset(Dataset):
         view: ImageView,
         tokens_per_image: int,
         max_length: int,
+        rows: int | None = None,
     ):
         self.samples, self.template, self.tokenizer, self.view = samples, template, tokenizer, view
         self.features: Callable[[str], Tensor] | None = None  # an image's name to what the tower says of it
-        self.tokens_per_image, self.max_length = tokens_per_image, max_length
+        self.tokens_per_image, self.max_length, self.rows = tokens_per_image, max_length, rows
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -154,6 +156,8 @@ class LlavaDataset(Dataset):
     def _item(self, sample: Sample) -> dict[str, Any]:
         whole = encode(sample.turns, self.template, self.tokenizer, images=bool(sample.images))
         ids, labels = cut(whole, self.tokens_per_image, self.max_length)
+        if self.rows is not None and max(ids) >= self.rows:
+            raise BadSample("a token that the language model has no embedding for")
         names = sample.images[: ids.count(IMAGE_TOKEN_INDEX)]
         see = self.features or (lambda name: self.view(decode(self.samples.image_path(name))))
         views = [see(name) for name in names]

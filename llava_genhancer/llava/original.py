@@ -42,10 +42,12 @@ ORIGINAL = {
 PROJECTOR = {"linear_1": "model.mm_projector.0", "linear_2": "model.mm_projector.2"}
 BACK = {original: ours for ours, original in PROJECTOR.items()}
 # What LLaVA-1.5's checkpoints may say; the first is what an absent key means.
-READ_AS: dict[str, tuple[str | None, ...]] = {
+READ_AS: dict[str, tuple[str | bool | None, ...]] = {
     "mm_vision_select_feature": ("patch",),
     "mm_patch_merge_type": ("flat", None),
     "image_aspect_ratio": ("square", "pad", None),
+    "unfreeze_mm_vision_tower": (False, None),  # True: the tower was trained too and lies in the checkpoint
+    "s2": (False, None),
 }
 LORA_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin")
 
@@ -134,6 +136,11 @@ def read_llava(folder: str | os.PathLike, *, tower: str | None = None, conversat
     for key, values in READ_AS.items():
         if config.get(key, values[0]) not in values:
             raise InputError(f"{folder}: config.json has {key} {config[key]!r}, which LLaVA-1.5 has not: not supported")
+    if "mm_vision_tower" in str(config.get("mm_tunable_parts")):
+        raise InputError(
+            f"{folder}: config.json has mm_tunable_parts {config['mm_tunable_parts']!r}: a vision tower that was "
+            "trained too is not supported"
+        )
     layer = config.get("mm_vision_select_layer")
     tower = tower or config.get("mm_vision_tower")
     if not isinstance(layer, int) or not isinstance(tower, str):

@@ -267,8 +267,9 @@ def _texts(conversations: Any) -> tuple[list[str], int]:
     """
     if not isinstance(conversations, list) or not conversations:
         raise BadSample("no conversation")
-    if not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in conversations):
-        raise BadSample('a turn has no text as "value"')
+    for turn in conversations:
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise BadSample('a turn has no text as "value"', f"found {turn!r}"[:100])
     for turn in conversations:
         if turn.get("from") not in ROLES:
             found = f'from "{plain(str(turn["from"]))[:20]}"' if "from" in turn else 'without "from"'

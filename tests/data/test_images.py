@@ -197,6 +197,7 @@ def test_llava_json_counts_each_image_once_and_stays_in_its_folder(tmp_path) -> 
         ('[{"image": "a.png"}, {"image": 5}]', "entry 1: 'image' must be a path"),
         ('[{"image": {"path": "a.png"}}]', "entry 0: 'image' must be a path"),
         ('[{"image": ["a.png", null]}]', "entry 0: 'image' must be a path"),
+        ('[{"image": "a.png"}] [{"image": "b.png"}]', r"'\[' follows the end of its list, after 1 entries: join"),
         ('[{"image": "none.png"}]', "none of the first images can be decoded"),
     ],
 )

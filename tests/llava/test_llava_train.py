@@ -240,6 +240,20 @@ def test_a_training_without_any_gradient_stops(llava_fields, tmp_path) -> None:
     assert not (tmp_path / "run" / "llava-pretrain" / "result.json").exists()
 
 
+def test_a_tokenizer_may_have_more_tokens_than_the_model_has_embeddings(llava_fields, tiny_llama, tmp_path) -> None:
+    """As Llama-2 with a padding token: no batch is padded with it, and a text that contains it is left out."""
+    shutil.copytree(tiny_llama, tmp_path / "llm")
+    settings = json.loads((tmp_path / "llm" / "tokenizer_config.json").read_text())
+    (tmp_path / "llm" / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "<pad>"}))
+    data = json.loads(Path(llava_fields["pretrain.data"]).read_text())
+    data[7]["conversations"][1]["value"] = "red <pad> ball"
+    data[8]["conversations"][1]["value"] = "a longer answer than that of the others"
+    (tmp_path / "d.json").write_text(json.dumps(data))
+    fields = {"llm": str(tmp_path / "llm"), "pretrain.data": str(tmp_path / "d.json"), "max_bad_fraction": 0.5}
+    folder = pretrain(recipe_from(llava_fields, **fields), tmp_path / "run")
+    assert "no embedding for" in (folder / "result.json").read_text()
+
+
 @pytest.mark.parametrize("rate", [None, 3e-4])
 def test_the_projector_may_have_a_rate_of_its_own(llava_fields, tmp_path, rate) -> None:
     recipe = recipe_from(llava_fields, **{"finetune.projector_learning_rate": rate, "weight_decay": 0.1})
