@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llava_genhancer.errors import InputError
+from llava_genhancer.errors import InputError, reason
 from llava_genhancer.run import write_json
 from llava_genhancer.tower.export import TOKENIZER_FILES, find_file
 
@@ -52,18 +52,22 @@ def read_preprocess(source: str) -> PreprocessCfg:
     """open_clip's ``preprocess_cfg`` for the image processor of a folder or hub id in transformers' format.
 
     Raises:
-        InputError: it has no ``preprocessor_config.json``.
+        InputError: ``source`` has no ``preprocessor_config.json``, or that file lacks mean and standard deviation.
     """
     found = find_file(source, "preprocessor_config.json")
     if found is None:
         raise InputError(f"{source} has no preprocessor_config.json: add --like and the original model's name")
-    config = json.loads(Path(found).read_text(encoding="utf-8"))
+    try:
+        config = json.loads(Path(found).read_text(encoding="utf-8"))
+        mean, std = config["image_mean"], config["image_std"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{found}: image_mean and image_std cannot be read ({reason(error)}): add them") from None
     size = config.get("size")
     crops = isinstance(size, int) or "shortest_edge" in (size or {})
     names = {number: name for name, number in _RESAMPLE.items()}
     return {
-        "mean": config["image_mean"],
-        "std": config["image_std"],
+        "mean": mean,
+        "std": std,
         "interpolation": names.get(config.get("resample", 3), "bicubic"),
         "resize_mode": "shortest" if crops else "squash",
     }

@@ -110,6 +110,7 @@ def _from_open_clip(
     source: OpenClipSource, output_dir: Path, to: str, like: str | None, dtype: torch.dtype, facts: Mapping[str, str]
 ) -> Path:
     model = open_clip.load_model(source)
+    hf.check_finite(model, source.name, dtype)
     if to == "hf":
         config = hf_config(source.model_cfg)
         target = hf.build(config)
@@ -136,6 +137,7 @@ def _from_hf(
     source: str, given: str, output_dir: Path, to: str, like: str | None, dtype: torch.dtype, facts: Mapping[str, str]
 ) -> Path:
     model, file = hf.load(given)
+    hf.check_finite(model, source, dtype)
     if to == "hf":
         with tempfile.TemporaryDirectory() as folder:
             hf.gather_companions(given, like, Path(folder))

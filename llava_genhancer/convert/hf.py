@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava_genhancer.convert.checkpoints import SUFFIXES
 from llava_genhancer.convert.companions import copy_tokenizer
@@ -140,6 +140,23 @@ def load_whole(cls: Any, path: Any, what: str, *, aside: tuple[str, ...] = (), a
             "config.json has no place for: config.json and weights do not belong together"
         )
     return model
+
+
+def check_finite(model: nn.Module, what: str, dtype: torch.dtype | None = None) -> None:
+    """Refuse a model with broken weights, which else shows as a bad loss, or only in another program.
+
+    Args:
+        what: names the model in the message.
+        dtype: that the weights will be written in; None for their own.
+
+    Raises:
+        InputError: with the first weight that has a NaN or infinite entry, or one too large for ``dtype``.
+    """
+    for name, value in model.named_parameters():
+        if not value.isfinite().all():
+            raise InputError(f"{what}: {name} is not finite: the file of this weight is broken, fetch it again")
+        if dtype is not None and not value.to(dtype).isfinite().all():
+            raise InputError(f"{what}: {name} has entries too large for {str(dtype).removeprefix('torch.')}")
 
 
 def has_processor(name: str) -> bool:

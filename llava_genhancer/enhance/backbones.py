@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_genhancer.convert.hf import load_whole
+from llava_genhancer.convert.hf import check_finite, load_whole
 from llava_genhancer.convert.open_clip import is_open_clip, load_model, read_config, read_folder
 from llava_genhancer.convert.released import tower_folder
 from llava_genhancer.errors import InputError, reason
@@ -153,19 +153,23 @@ def load_full_model(name: str) -> nn.Module:
     """The whole two-tower model in fp32 on the CPU, every weight accounted for.
 
     Raises:
-        InputError: as :func:`check_backbone`, or weights missing from the checkpoint.
+        InputError: as :func:`check_backbone`, or weights missing from the checkpoint or not finite.
     """
     import transformers
 
     model_type = check_backbone(name)
     path = locate(name)
+    model: nn.Module
     if model_type == OPEN_CLIP:
-        return load_model(read_folder(path))
-    return load_whole(
-        getattr(transformers, FULL_MODELS[model_type]), path, f"backbone {name}", dtype=torch.float32,
-        use_safetensors=_safetensors_or_any(path),
-        advice="a vision-only folder cannot be enhanced, give the full two-tower model",
-    )  # fmt: skip
+        model = load_model(read_folder(path))
+    else:
+        model = load_whole(
+            getattr(transformers, FULL_MODELS[model_type]), path, f"backbone {name}", dtype=torch.float32,
+            use_safetensors=_safetensors_or_any(path),
+            advice="a vision-only folder cannot be enhanced, give the full two-tower model",
+        )  # fmt: skip
+    check_finite(model, f"backbone {name}")
+    return model
 
 
 def _safetensors_or_any(path: str) -> bool | None:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from llava_genhancer.architectures import FLUX_VAE_CONFIG
+from llava_genhancer.convert.hf import check_finite
 from llava_genhancer.enhance.pretrained import load_whole
 from llava_genhancer.enhance.tokenizer import Target
 from llava_genhancer.enhance.vq import check_vq, load_vq_target
@@ -82,7 +83,7 @@ def load_target(recipe: Recipe) -> Target:
     """The frozen tokenizer whose output the recipe's denoiser rebuilds, on the CPU.
 
     Raises:
-        InputError: nothing loadable there.
+        InputError: nothing loadable there, or weights that are not finite.
     """
     return TARGETS[recipe.denoiser][1](recipe)
 
@@ -126,6 +127,7 @@ def load_vae_target(
             f"vae {name} cannot be loaded ({reason(error)}): give a diffusers folder, "
             "ae.safetensors, or a hub id this machine can reach (FLUX.1-dev is gated: set HF_TOKEN)"
         ) from None
+    check_finite(vae, f"vae {name}")
     return VaeTarget(vae, posterior)
 
 

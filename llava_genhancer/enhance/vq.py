@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from llava_genhancer.convert.hf import check_finite
 from llava_genhancer.enhance.pretrained import load_whole
 from llava_genhancer.enhance.tokenizer import Target
 from llava_genhancer.errors import InputError, reason
@@ -109,15 +110,16 @@ def load_vq_target(name: str, *, dtype: torch.dtype = torch.float32) -> VqTarget
     path = Path(resolve(name)).expanduser()
     try:
         if path.is_file():
-            state = _model_state(_read(path))
-            vq, unit_codes = vq_from_state(state)
-            return VqTarget(vq, unit_codes=unit_codes, dtype=dtype)
-        return VqTarget(load_whole(VQModel, name, "vqvae", torch_dtype=torch.float32), dtype=dtype)
+            vq, unit_codes = vq_from_state(_model_state(_read(path)))
+        else:
+            vq, unit_codes = load_whole(VQModel, name, "vqvae", torch_dtype=torch.float32), False
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError, SafetensorError) as error:
         raise InputError(
             f"vq {name} cannot be loaded ({reason(error)}): give a diffusers VQModel folder, a hub id this machine "
             "can reach, or a checkpoint of taming-transformers or LlamaGen"
         ) from None
+    check_finite(vq, f"vq {name}")
+    return VqTarget(vq, unit_codes=unit_codes, dtype=dtype)
 
 
 # --- checkpoints of taming-transformers and LlamaGen -----------------------------------------------------------------

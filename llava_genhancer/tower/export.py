@@ -100,6 +100,16 @@ def check_export(source: str | None, output_dir: str | os.PathLike, size: float 
             f"{source} has no tokenizer to go with the tower: add its tokenizer files "
             f"({' or '.join(TOKENIZER_VOCABULARIES)})"
         )
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(source)
+    except ImportError:
+        pass  # a library that this environment lacks says nothing about the files
+    except Exception as error:  # tokenizer files may hold anything, and transformers then raises anything
+        raise InputError(
+            f"{source}: its tokenizer cannot be loaded ({reason(error)}): repair or replace its tokenizer files"
+        ) from None
 
 
 def _copy_companions(source: str, folder: Path) -> None:

@@ -287,21 +287,29 @@ def test_a_missing_folder_beside_others_is_no_hub_id(tmp_path, monkeypatch):
         convert("models/clip", tmp_path / "tower")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("start", ["hf", "open_clip"])
 @pytest.mark.parametrize("to", ["open_clip", "openai", "hf"])
-def test_weights_that_are_not_finite_agree_with_nothing(tiny_clip, tmp_path, value, to) -> None:
+def test_weights_that_are_not_finite_are_converted_to_nothing(tiny_clip, tmp_path, start, to) -> None:
+    """In the image tower, in the text tower, or once they are written in half precision."""
     import shutil
 
-    broken, there = tmp_path / "broken", tmp_path / "there"
-    shutil.copytree(tiny_clip, broken)
-    if to == "hf":  # from open_clip's format
-        convert(str(tiny_clip), there, to="open_clip")
-        broken = there
-    file = broken / ("open_clip_model.safetensors" if to == "hf" else "model.safetensors")
+    broken = tmp_path / "broken"
+    if start == "hf":
+        shutil.copytree(tiny_clip, broken)
+    else:
+        convert(str(tiny_clip), broken, to="open_clip")
+    file = broken / ("model.safetensors" if start == "hf" else "open_clip_model.safetensors")
     state = load_file(file)
-    name = next(n for n in sorted(state) if n in ("visual.proj", "visual_projection.weight"))
-    state[name][0, 0] = value
-    save_file(state, file, metadata={"format": "pt"})
-    with pytest.raises(InputError, match="not finite"):
-        convert(str(broken), tmp_path / "out", to=to)
-    assert not (tmp_path / "out").exists()
+    image = next(n for n in state if n in ("visual.proj", "visual_projection.weight"))
+    text = next(n for n in state if n.endswith(("text_model.final_layer_norm.bias", "ln_final.bias")))
+    for name, value, dtype, words in (
+        (image, "nan", "float32", "not finite"),
+        (text, "inf", "float32", "not finite"),
+        (text, "1e6", "float16", "too large for float16"),
+    ):
+        changed = state[name].clone()
+        changed.view(-1)[0] = float(value)
+        save_file({**state, name: changed}, file, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=words):
+            convert(str(broken), tmp_path / "out", to=to, dtype=dtype)
+        assert not (tmp_path / "out").exists()

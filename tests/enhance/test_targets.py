@@ -13,7 +13,9 @@ from torch import Tensor
 
 from llava_genhancer.architectures import FLUX_VAE_CONFIG
 from llava_genhancer.enhance import targets
+from llava_genhancer.enhance.backbones import load_full_model
 from llava_genhancer.enhance.targets import VaeTarget, check_vae, load_vae_target
+from llava_genhancer.enhance.vq import load_vq_target
 from llava_genhancer.errors import InputError
 
 
@@ -261,3 +263,17 @@ def test_paths_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
         check_vae("~/no/such/ae.safetensors")
     with pytest.raises(InputError, match=r"no config\.json there"):
         check_vae(str(tmp_path))
+
+
+@pytest.mark.parametrize("part", ["backbone", "vae", "vq"])
+def test_broken_weights_are_named_before_they_become_a_bad_loss(part, tiny_clip, tiny_vae, tiny_vq, tmp_path) -> None:
+    source = {"backbone": tiny_clip, "vae": tiny_vae, "vq": tiny_vq}[part]
+    load = {"backbone": load_full_model, "vae": load_vae_target, "vq": load_vq_target}[part]
+    folder = Path(shutil.copytree(source, tmp_path / part))
+    (file,) = folder.glob("*.safetensors")
+    state = load_file(file)
+    name = next(n for n in sorted(state) if n.startswith(("text_model.", "decoder.")))  # no loss reaches it
+    state[name].view(-1)[0] = float("nan")
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"{part} {folder}: {name} is not finite"):
+        load(str(folder))

@@ -431,6 +431,7 @@ def refused_before_training(recipe: recipes.Recipe, run_dir: Path, words: str) -
 @pytest.mark.parametrize(
     ("removed", "words"),
     [(("tokenizer.json", "vocab.json"), "has no tokenizer to go with the tower: add"),
+     (("tokenizer.json", "merges.txt"), "its tokenizer cannot be loaded"),
      (("preprocessor_config.json",), "preprocessor_config.json")],
 )  # fmt: skip
 def test_a_backbone_that_cannot_be_exported_is_refused_before_training(
