@@ -22,5 +22,5 @@ def significant(value: float, digits: int = 5) -> float:
 def rate_in_words(per_second: float, unit: str) -> str:
     """``123 images/s``, ``4.2 images/s``, and below one a second ``12 s/image``."""
     if per_second >= 1:
-        return f"{per_second:.0f} {unit}s/s" if per_second >= 100 else f"{per_second:.2g} {unit}s/s"
+        return f"{per_second:.0f} {unit}s/s" if per_second >= 99.5 else f"{per_second:.2g} {unit}s/s"
     return f"{significant(1 / per_second, 2):.12g} s/{unit}" if per_second > 0 else f"no {unit} yet"
