@@ -33,6 +33,35 @@ def test_an_evaluation_without_results_has_failed(
     assert not list(tmp_path.rglob("provenance.json"))
 
 
+def test_the_share_without_an_answer_is_of_all_documents_and_other_data_are_asked_again(
+    llava_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """CV-Bench counts its parts apart (``cvbench_3d_n``); a tenth is of the whole. A stand-in writes the results."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    results = tmp_path / "of cvbench.json"
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\nmkdir -p '{tmp_path}/out/m'\ncp '{results}' \"{tmp_path}/out/m/$$_results.json\"\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+
+    def ask(lost: int, data: Path) -> str:
+        metrics = {"cvbench_2d_ade20k_n,none": 30, "cvbench_3d_n,none": 30, "cvbench_unanswered,none": lost}
+        counts = {"cvbench": {"original": 90, "effective": 90}}
+        results.write_text(json.dumps({"results": {"cvbench": metrics}, "n-samples": counts, "configs": {}}))
+        evaluate([str(llava_folders)], tmp_path / "out", labels=["m"], tasks="cvbench", data=data)
+        return capsys.readouterr().out
+
+    assert "done before" not in ask(6, folders[0])
+    assert "done before" in ask(6, folders[0])
+    assert "done before" not in ask(6, folders[1])
+    for path in tmp_path.rglob("*_results.json"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"more than 10% of the documents have no answer \(m: cvbench 10 of 90\)"):
+        ask(10, folders[0])
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -132,13 +132,11 @@ def _call(words: Sequence[str], output: Path, tasks: str, data: str | Path | Non
 
 def _unanswered(output: Path) -> list[str]:
     """Our tasks in the newest results of which the model left too much unanswered."""
-    newest = max(output.rglob(f"*{RESULTS}"), key=lambda path: path.name)
+    found = read_json(max(output.rglob(f"*{RESULTS}"), key=lambda path: path.name))
     lines = []
-    for task, metrics in read_json(newest)["results"].items():
-        values = {name.removesuffix(",none"): value for name, value in metrics.items()}
-        lost = next((value for name, value in values.items() if name.endswith("_unanswered")), 0)
-        total = next((value for name, value in values.items() if name.endswith("_n")), 0)
-        if total and lost > MAX_UNANSWERED * total:
+    for task, metrics in found["results"].items():
+        lost = next((value for name, value in metrics.items() if name.endswith("_unanswered,none")), 0)
+        if lost and lost > MAX_UNANSWERED * (total := found["n-samples"][task]["effective"]):
             lines.append(f"{task} {lost} of {total}")
     return lines
 
