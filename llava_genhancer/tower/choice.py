@@ -29,13 +29,6 @@ from llava_genhancer.tower.rules import (
 # The fork loads the folder; another path or option is enough; register() is needed; it cannot be predicted; no way.
 WORKS, RENAME, REGISTER, UNKNOWN, IMPOSSIBLE = "works", "rename", "register", "unknown", "impossible"
 CLS_PATCH = "--mm_vision_select_feature cls_patch"
-FACTORY_NAMES = ("clip:{path}", "siglip:{path}")
-# Tried in this order: the first satisfies most rules that take a CLIP by its name; the last ones do not hold the
-# user's own folder name, in which a fork may find a word that it takes for another model.
-NEW_NAMES = (
-    "openai/{name}", "openai/clip-{name}", "google/{name}", "google/siglip-{name}",
-    "openai/clip-enhanced", "google/siglip-enhanced",
-)  # fmt: skip
 _BOUND = r"""(?:===?|[<>~!]=?|@)\s*[^"'\s;#,]+"""
 _PACKAGE = Path(__file__).parents[2]
 _TRAINERS = ("train_fsdp", "train_mem", "train", "train_xformers")
@@ -83,14 +76,14 @@ def fork_choice(fork: str, tower: str) -> Choice:
     rule = find_rule(Path(fork))
     advice = _Advice(rule, Path(fork), tower, model_type)
     try:
-        found = predict(rule, tower)
-        problem = find_problem(rule, model_type, found.chosen, tower)
+        chosen, unset = predict(rule, tower)
+        problem = find_problem(rule, model_type, chosen, tower)
     except Unpredictable as error:
         return advice.unknown(str(error))
-    unset = f" (as long as {', '.join(found.unset)} are not set)" if found.unset else ""
+    condition = f" (as long as {', '.join(unset)} are not set)" if unset else ""
     if problem is None:
-        return advice.choice(found.chosen, WORKS, f"loads {model_type} folders{unset}", "", advice.by_path(tower))
-    return advice.mend(found.chosen, problem + unset, problem)
+        return advice.choice(chosen, WORKS, f"loads {model_type} folders{condition}", "", advice.by_path(tower))
+    return advice.mend(chosen, problem + condition, problem)
 
 
 @dataclass(frozen=True)
@@ -112,16 +105,15 @@ class _Advice:
         blocked, launch = self.launcher()
         other = f"; or {launch}" if blocked is None else ""
         if problem == DROPS_A_PATCH:
-            other = "" if self.rule.takes_path else other  # VILA needs the option with the launcher too
-            commands = self.by_path(self.tower, CLS_PATCH)
-            return self.choice(chosen, RENAME, reason, f"give {CLS_PATCH}{other}", commands)
-        for name, option in self.names():
-            if self.rule.function == FACTORY:
+            other = "" if self.rule.builder.saves_tower else other  # VILA needs the option with the launcher too
+            return self.choice(chosen, RENAME, reason, f"give {CLS_PATCH}{other}", self.by_path(self.tower, CLS_PATCH))
+        name, option = next(self.names(), ("", ""))
+        if name:
+            todo = f"move or link the folder to {name}, below the folder you train in, and give that path"
+            link = f"{self.at_root}mkdir -p {os.path.dirname(name)} && ln -s {shlex.quote(self.absolute)} {name}"
+            commands = [("link", link)]
+            if self.rule.builder is FACTORY:
                 todo, commands = f"give --vision_tower {name}", []
-            else:
-                todo = f"move or link the folder to {name}, below the folder you train in, and give that path"
-                link = f"mkdir -p {os.path.dirname(name)} && ln -s {shlex.quote(self.absolute)} {name}"
-                commands = [("link", f"{self.at_root}{link}")]
             todo += f", and {option}" if option else ""
             return self.choice(chosen, RENAME, reason, todo + other, commands + self.by_path(name, option))
         if blocked is not None:
@@ -130,7 +122,7 @@ class _Advice:
         return self.choice(chosen, REGISTER, reason, launch, self.registered())
 
     def unknown(self, reason: str) -> Choice:
-        """What is left to say of a builder that cannot be followed: the words it looks for, and what works anyway."""
+        """What is left where the source does not decide: the words the builder looks for, and what works anyway."""
         words = ", ".join(f"'{word}'" for word in tested_words(self.rule))
         reason = f"cannot be predicted without running the fork ({reason})"
         reason += f"; it looks for {words} in the path" if words else ""
@@ -138,44 +130,41 @@ class _Advice:
         if blocked is not None:
             clip = "a CLIP tower is an ordinary CLIP folder: give the path and check that training names no missing key"
             return self.choice(None, UNKNOWN, reason, clip if self.model_type == "clip" else blocked, [])
-        builds = (
-            "the fork's own class is kept if it takes the folder, and llava_genhancer's class is built if not"
-            if self.model_type == "clip"
-            else "llava_genhancer's class is built whatever the builder picks"
-        )
+        builds = "llava_genhancer's class is built whatever the builder picks"
+        if self.model_type == "clip":
+            builds = "the fork's own class is kept if it takes the folder, and llava_genhancer's class is built if not"
         return self.choice(None, UNKNOWN, reason, f"{launch}: {builds}", self.registered())
 
     def launcher(self) -> tuple[str | None, str]:
         """Why starting by the launcher does not help, or None; and the advice to do so."""
-        option = ""
-        if self.rule.takes_path and self.model_type != "clip":  # VILA reads the tower back with a class of its own
-            option = f" with {CLS_PATCH}"
-        launch = f"start training as `python -m llava_genhancer.launch {self.trainer} ...`{option}"
+        launch = f"start training as `python -m llava_genhancer.launch {self.trainer} ...`"
+        launch += f" with {CLS_PATCH}" if self.launch_option else ""
         launch += ", or call llava_genhancer.tower.register() first"
         if not self.rule.registers:
             reason = f"register() does not reach {self.rule.path.name}: use a CLIP tower, or return "
             return f"{reason}llava_genhancer.tower.tower.VisionTower(path, config) in {self.rule.function}", launch
         expected = find_expectation(self.rule)
         if expected is not None:
-            other = "another fork"
-            if self.model_type != "clip" and "returns" in expected:
-                other = "a CLIP tower that the fork loads itself"
+            clip = self.model_type != "clip" and "returns" in expected
+            other = "a CLIP tower that the fork loads itself" if clip else "another fork"
             return f"llava_genhancer's class cannot replace the fork's own: {expected}; use {other}", launch
-        if self.rule.takes_path and self.model_type == "siglip2":
+        if self.rule.builder.saves_tower and self.model_type == "siglip2":
             return "the fork reads the tower it saved with a class of its own: use a CLIP or SigLIP tower", launch
         return self.too_old(), launch
 
+    @property
+    def launch_option(self) -> str:
+        """VILA reads the tower back with its own class, which drops a patch of SigLIP without this option."""
+        return f" {CLS_PATCH}" if self.rule.builder.saves_tower and self.model_type != "clip" else ""
+
     def names(self) -> Iterator[tuple[str, str]]:
         """Paths with which the fork's own class loads the folder, each with the option it needs."""
-        folder = Path(self.tower).absolute().name
-        patterns = [*(FACTORY_NAMES if self.rule.function == FACTORY else NEW_NAMES)]
         words = [w.strip("/") for w in tested_words(self.rule) if re.fullmatch(r"[\w./-]+", w) and ".." not in w]
         made = [f"{word}-{end}" for word in words for end in ("{name}", "enhanced")]
-        patterns += [*made, *(f"towers/{pattern}" for pattern in made)]
-        for pattern in patterns:
-            name = pattern.format(name=folder, path=self.absolute)
+        for pattern in (*self.rule.builder.new_names, *made, *(f"towers/{pattern}" for pattern in made)):
+            name = pattern.format(name=Path(self.tower).absolute().name, path=self.absolute)
             try:
-                chosen = predict(self.rule, name, exists=lambda path: True).chosen
+                chosen, _ = predict(self.rule, name, exists=lambda path: True)
                 left = find_problem(self.rule, self.model_type, chosen, name)
             except Unpredictable:
                 continue
@@ -230,14 +219,17 @@ class _Advice:
 
     def argument(self, path: str) -> str:
         """The tower's argument on the trainer's command line."""
-        if self.rule.function == "build_vision_tower_aux_list":
-            return f"--vision_tower_aux_list '[\"{path}\"]'"
-        return f"--{'image' if self.rule.function == 'build_image_tower' else 'vision'}_tower {shlex.quote(path)}"
+        template = self.rule.builder.argument
+        return template.format(path if "'" in template else shlex.quote(path))
 
     def by_path(self, path: str, option: str = "") -> list[tuple[str, str]]:
         """Training and evaluating with the fork's own scripts."""
         option = f" {option}" if option else ""
-        kept = "" if self.rule.takes_path else f"; keep {path}: checkpoints store this path and load the tower from it"
+        kept = (
+            ""
+            if self.rule.builder.saves_tower
+            else f"; keep {path}: checkpoints store this path and load the tower from it"
+        )
         return [
             ("train", f"the fork's own script, with {self.argument(path)}{option}"),
             ("evaluate", f"the fork's own scripts{kept}"),
@@ -246,21 +238,20 @@ class _Advice:
     def registered(self) -> list[tuple[str, str]]:
         """Installing the adapter, training and evaluating with llava_genhancer's class."""
         checkout = str(_PACKAGE) if (_PACKAGE / "pyproject.toml").is_file() else "/path/to/llava_genhancer's checkout"
-        option = f" {CLS_PATCH}" if self.rule.takes_path and self.model_type != "clip" else ""
-        launch, given = "-m llava_genhancer.launch", self.argument(self.absolute)
+        launch, given = "-m llava_genhancer.launch", self.argument(self.absolute) + self.launch_option
         install = f"python -m pip install --no-deps {shlex.quote(checkout)}"
-        several = f"deepspeed --module llava_genhancer.launch {self.trainer} {given}{option} ..."
+        several = f"deepspeed --module llava_genhancer.launch {self.trainer} {given} ..."
         lines = [
             ("install", f"{install}   # in the fork's environment; Python 3.10 or newer"),
             ("check", f"python -c 'from transformers import {VISION_MODELS[self.model_type]}'"),
-            ("train", f"{self.at_root}python {launch} {self.trainer} {given}{option} ..."),
+            ("train", f"{self.at_root}python {launch} {self.trainer} {given} ..."),
             ("several GPUs", f"{self.at_root}{several}"),
         ]
         if self.too_old():
             pair = {"4.37": "transformers==4.37.2 tokenizers==0.15.1", "4.50": '"transformers>=4.50,<5"'}
             newer = pair[FIRST_TRANSFORMERS[self.model_type]]
             lines.insert(0, ("transformers", f"python -m pip install {newer}   # in the fork's environment"))
-        if self.rule.takes_path:
+        if self.rule.builder.saves_tower:
             return [*lines, ("evaluate", "the fork's own scripts: the checkpoint holds the tower")]
         evaluation = self.module("eval", _EVALUATIONS, "EVALUATION_MODULE")
         return [

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeGuard
+from typing import Any
 
 from llava_genhancer.errors import InputError
 from llava_genhancer.tower.export import VISION_MODELS, is_tower, read_marker, verify_tower
@@ -46,41 +46,46 @@ class Chooser:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.choose(self, *args, **kwargs)
 
-    def replaces(self, path: str, config: Any, call: Callable[[], Any], given: str | None = None) -> tuple[bool, Any]:
-        """Decide who builds a tower folder.
+    def build(
+        self, path: Any, config: Any, own: Callable[[], Any], ours: Callable[[], Any], given: str | None = None
+    ) -> Any:
+        """Build a tower by the fork's builder, or by this package where the fork's class does not load our folder.
 
         Args:
-            path: the folder.
+            path: the tower's path; a path that is no folder of ours is left to the fork.
             config: the fork's config, whose options its builder reads.
-            call: calls the fork's builder for this folder.
-            given: what the builder gets, if not the path alone (TinyLLaVA Factory's ``name:path``).
-
-        Returns:
-            (True, None) if this package's class must be built, (False, the fork's tower) if not.
+            own: calls the fork's builder.
+            ours: builds this package's class.
+            given: what the fork's builder gets, if not the path alone (TinyLLaVA Factory's ``name:path``).
 
         Raises:
             InputError: the folder is not as it was exported, or the fork expects more of a tower than features.
         """
+        if not isinstance(path, str) or not is_tower(path):
+            return own()
         model_type = str(read_marker(path).get("model_type"))
-        if model_type not in VISION_MODELS:
-            return True, None  # this package's class names the model types that it knows
-        feature = _first(config, "mm_vision_select_feature", "mm_vision_select_feature") or "patch"
-        try:
-            rule = self.rule()
-            problem = find_problem(rule, model_type, predict(rule, given or path, config).chosen, path, feature)
-        except Unpredictable:
-            tower = _try_own(call, path) if model_type == "clip" else None
-            return tower is None, tower
-        if problem is None:
-            verify_tower(path)
-            return False, call()
-        expected = find_expectation(rule)
-        if expected is not None:
-            raise InputError(
-                f"{rule.function} cannot build {path}: the fork's class {problem}, and llava_genhancer's class cannot "
-                f"replace it: {expected}; see `llava-genhancer doctor --fork`"
-            )
-        return True, None
+        if model_type in VISION_MODELS:  # this package's class names the model types that it knows
+            feature = _first(config, "mm_vision_select_feature", "mm_vision_select_feature") or "patch"
+            try:
+                rule = self.rule()
+                problem = find_problem(rule, model_type, predict(rule, given or path, config)[0], path, feature)
+            except Unpredictable:
+                tower = _try_own(own, path) if model_type == "clip" else None
+                if tower is not None:
+                    return tower
+            else:
+                if problem is None:
+                    verify_tower(path)
+                    return own()
+                expected = find_expectation(rule)
+                if expected is not None:
+                    raise InputError(
+                        f"{rule.function} cannot build {path}: the fork's class {problem}, and llava_genhancer's class "
+                        f"cannot replace it: {expected}; see `llava-genhancer doctor --fork`"
+                    )
+        tower = ours()
+        self.built.append(path)
+        return tower
 
     def rule(self) -> Rule:
         """The fork's builder as source.
@@ -96,9 +101,14 @@ class Chooser:
         return Rule(Path(str(path)), self.original.__name__, source)
 
     @property
+    def takes_path(self) -> bool:
+        """Whether the fork's builder takes the path and not the config (VILA)."""
+        return next(iter(inspect.signature(self.original).parameters)) == TAKES_PATH
+
+    @property
     def needed_later(self) -> list[str]:
         """Tower folders that need :func:`register` again when a checkpoint that was trained on them is loaded."""
-        return [] if _takes_path(self.original) else self.built  # VILA saves the tower and reads it with its own class
+        return [] if self.takes_path else self.built  # VILA saves the tower and reads it with its own class
 
 
 def _try_own(call: Callable[[], Any], path: str) -> Any:
@@ -137,30 +147,25 @@ def describe_layouts() -> str:
 # --- what is put in a fork's place ----------------------------------------------------------------------------------
 
 
-def _ours(name: Any) -> TypeGuard[str]:
-    return isinstance(name, str) and is_tower(name)
-
-
 def _from_config(chooser: Chooser, config: Any, *args: Any, kind: str, **kwargs: Any) -> Any:
     """``build_vision_tower(config, **kwargs)``; ``kind`` is "vision" or, in Video-LLaVA and MoE-LLaVA, "image"."""
     from llava_genhancer.tower.tower import VisionTower
 
-    def call() -> Any:
-        return chooser.original(config, *args, **kwargs)
-
     name = _first(config, f"mm_{kind}_tower", f"{kind}_tower")
-    if not _ours(name):
-        return call()
-    replaces, tower = chooser.replaces(name, config, call)
-    if not replaces:
-        return tower
-    tower = VisionTower(name, config, *args, **kwargs)
-    chooser.built.append(name)
-    return tower
+    own = functools.partial(chooser.original, config, *args, **kwargs)
+    return chooser.build(name, config, own, lambda: VisionTower(name, config, *args, **kwargs))
 
 
-def _from_path(chooser: Chooser, model_name_or_path: Any, config: Any) -> Any:
-    """VILA's ``build_vision_tower(path, config)``: loaded at once, in the config's dtype.
+def _vision(chooser: Chooser, *args: Any, **kwargs: Any) -> Any:
+    if not chooser.takes_path:
+        return _from_config(chooser, *args, kind="vision", **kwargs)
+    path, config = inspect.signature(chooser.original).bind(*args, **kwargs).arguments.values()
+    own = functools.partial(chooser.original, path, config)
+    return chooser.build(path, config, own, functools.partial(_build_for_vila, path, config))
+
+
+def _build_for_vila(path: str, config: Any) -> Any:
+    """Build this package's tower for VILA: loaded at once, in the config's dtype.
 
     VILA saves the tower with the model, without our marker, and reads it back with its own class.
 
@@ -171,39 +176,14 @@ def _from_path(chooser: Chooser, model_name_or_path: Any, config: Any) -> Any:
 
     from llava_genhancer.tower.tower import VisionTower
 
-    def call() -> Any:
-        return chooser.original(model_name_or_path, config)
-
-    if not _ours(model_name_or_path):
-        return call()
-    replaces, tower = chooser.replaces(model_name_or_path, config, call)
-    if not replaces:
-        return tower
-    tower = VisionTower(model_name_or_path, config)
+    tower = VisionTower(path, config)
+    reads = "VILA reads the tower it saved with its own class, which"
     if tower.model_type == "siglip2":
-        raise InputError(
-            f"VILA reads the tower it saved with its own class, which does not load {model_name_or_path} (siglip2): "
-            "use a CLIP or SigLIP tower"
-        )
+        raise InputError(f"{reads} does not load {path} (siglip2): use a CLIP or SigLIP tower")
     if tower.model_type != "clip" and tower.tokens == "patch":
-        raise InputError(
-            "VILA reads the tower it saved with its own class, which then drops a patch of SigLIP: "
-            "give --mm_vision_select_feature cls_patch"
-        )
-    tower = tower.to(getattr(torch, str(config.model_dtype).replace("torch.", "")))
+        raise InputError(f"{reads} then drops a patch of SigLIP: give --mm_vision_select_feature cls_patch")
     config.mm_hidden_size = tower.hidden_size
-    chooser.built.append(model_name_or_path)
-    return tower
-
-
-def _vision(chooser: Chooser, *args: Any, **kwargs: Any) -> Any:
-    if _takes_path(chooser.original):
-        return _from_path(chooser, *args, **kwargs)
-    return _from_config(chooser, *args, kind="vision", **kwargs)
-
-
-def _takes_path(builder: Callable[..., Any]) -> bool:
-    return next(iter(inspect.signature(builder).parameters)) == TAKES_PATH
+    return tower.to(getattr(torch, str(config.model_dtype).replace("torch.", "")))
 
 
 def _aux_list(chooser: Chooser, config: Any, **kwargs: Any) -> list[Any]:
@@ -215,12 +195,10 @@ def _aux_list(chooser: Chooser, config: Any, **kwargs: Any) -> list[Any]:
     towers: list[Any] = []
     for name, number in zip(names, numbers):  # noqa: B905 - as the fork does
         one = _OneTower(config, name, number)
-        call = functools.partial(chooser.original, one, **kwargs)
-        replaces, built = chooser.replaces(name, one, call) if _ours(name) else (False, call())
-        if replaces:
-            built = [VisionTower(name, config, num_tokens=number, **kwargs)]
-            chooser.built.append(name)
-        towers.extend(built)
+        own = functools.partial(chooser.original, one, **kwargs)
+        ours = functools.partial(VisionTower, name, config, num_tokens=number, **kwargs)
+        built = chooser.build(name, one, own, ours)
+        towers.extend(built if isinstance(built, list) else [built])
     return towers
 
 
@@ -238,14 +216,8 @@ def _factory(chooser: Chooser, vision_tower_name: str) -> Any:
     from llava_genhancer.tower.tinyllava import FactoryTower
 
     path = vision_tower_name.split(":")[-1]
-    if not _ours(path):
-        return chooser.original(vision_tower_name)
-    call = functools.partial(chooser.original, vision_tower_name)
-    replaces, own = chooser.replaces(path, None, call, vision_tower_name)
-    if not replaces:
-        return own
-    chooser.built.append(path)
-    return FactoryTower
+    own = functools.partial(chooser.original, vision_tower_name)
+    return chooser.build(path, None, own, lambda: FactoryTower, given=vision_tower_name)
 
 
 def _first(config: Any, name: str, other: str) -> Any:

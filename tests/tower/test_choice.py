@@ -50,8 +50,8 @@ EXPECTED = {
     ("MGM", "siglip"): (None, REGISTER),
     ("UHD", "clip"): (None, IMPOSSIBLE),
     ("UHD", "siglip"): (None, IMPOSSIBLE),
-    ("of one table", "clip"): (None, RENAME),
-    ("of one table", "siglip"): (None, RENAME),
+    ("of one table", "clip"): (None, UNKNOWN),
+    ("of one table", "siglip"): (None, UNKNOWN),
     ("always cut", "clip"): (None, RENAME),
     ("always cut", "siglip"): (None, REGISTER),
     ("TinyLLaVA", "clip"): (None, RENAME),
@@ -91,7 +91,7 @@ def test_choice_is_what_the_fork_does(
     assert (choice.chosen, choice.verdict) == EXPECTED[name, kind]
     assert choice.chosen == really_chosen(name, str(eyes[kind]))
     assert choice.rule.function == FORKS[name].function
-    launches = choice.verdict in (RENAME, REGISTER) and name != "GLaMM"
+    launches = choice.verdict in (RENAME, REGISTER, UNKNOWN) and name != "GLaMM"
     assert ("start training as `python -m llava_genhancer.launch" in choice.todo) == launches
     if choice.verdict == RENAME:
         found = re.search(r"(?:--vision_tower|folder to) ([^ ,]+)", choice.todo)
@@ -165,6 +165,11 @@ def test_nothing_of_the_fork_runs(
         "while True:\n        return CLIPVisionTower(name)",
         "for word in words():\n        if word in name:\n            return CLIPVisionTower(name)",
         "return SomewhereElseVisionTower(name)",
+        "name, revision = name.split('@')\n    if 'clip' in name:\n        return CLIPVisionTower(name)",
+        "name += config.suffix\n    if 'clip' in name:\n        return CLIPVisionTower(name)",
+        "if config.kind in name or name.startswith(config.kind):\n        return CLIPVisionTower(name)",
+        "if getattr(config, pick(name), 'clip') == 'clip':\n        return CLIPVisionTower(name)",
+        "with torch.device('meta'):\n        return CLIPVisionTower(name)",
         "if name in open('list').read():\n        return CLIPVisionTower(name)",
         "return CLIPVisionTower(name) if config.number * 2 == 4 else SiglipVisionTower(name)",
         "match name:\n        case 'a':\n            return CLIPVisionTower(name)",

@@ -46,8 +46,8 @@ def build(name: str, path: str, **kwargs: Any) -> Any:
 # The towers' folders are named clip and siglip, which these forks' rules take to the right class of their own.
 TAKES_BY_PATH = {
     "clip": {"LLaVA", "Open-LLaVA-NeXT", "LLaVA-NeXT", "ShareGPT4V", "Video-LLaVA", "Bunny", "VILA", "ross", "GLaMM"}
-    | {"of one table", "always cut"},
-    "siglip": {"Bunny", "VILA", "ross", "of one table"},
+    | {"always cut"},
+    "siglip": {"Bunny", "VILA", "ross"},
 }
 
 
