@@ -43,6 +43,7 @@ QUESTIONS: dict[str, tuple[str, ...] | str] = {
     "yesno": ("Yes, it is", "No, it is not"),
     "easter": ("Happy Easter", "Happy Easter!"),
     "dog": "Is there a dog in the image?",
+    "longer": "Is the left line longer than the right line?",
     "land": "Is China the third largest country by land area in the world?",
 }
 # Why another reader's answer differs. "form": it finds no answer in this wording, or guesses one at random.
@@ -314,6 +315,7 @@ texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), m
 @example(["-3", "3"])
 @example(["neither; the samples are alike", "Not specified"])
 @example(["US", "us"])
+@example([":", "_"])
 def test_an_option_s_own_text_is_that_option(options: list[str]) -> None:
     """A single letter is read as the option's letter, since letters are asked for."""
     for letter, option in zip(LETTERS, options, strict=False):

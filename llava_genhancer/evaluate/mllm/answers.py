@@ -30,10 +30,11 @@ def _any(words: str) -> str:
 
 
 # --- vocabulary: phrases between commas -------------------------------------------------------------------------------
-_YES = "yes, yeah, yep, yup, ja, oui, sí, да, はい, 是的, 是, 对"
-_NO = "no, nope, nah, nein, non, нет, いいえ, 不是, 没有, 否"
-_ALONE_YES = "true, correct, right, si, y, indeed, of course, probably, absolutely, definitely, certainly, affirmative"
-_ALONE_NO = "false, incorrect, wrong, negative, n"
+_YES = "yes, yeah, yep, yup, ja, oui, sí, да, evet, tak, affirmative, はい, 是的, 是, 对, 有, 예, 네, हाँ, हां, نعم"
+_NO = "no, nope, nah, nein, non, não, нет, hayır, hayir, いいえ, 不是, 没有, 否, 不, 아니요, 아니오, नहीं, لا"
+_ALONE_YES = "true, correct, right, si, sim, y, indeed, of course, probably, absolutely, definitely, certainly"
+_ALONE_NO = "false, incorrect, wrong, negative, nie, n"
+_NONE = "none of these, none of them, none of the above, none of the options"
 _PLACES = {"first": 0, "former": 0, "second": 1, "latter": 1, "third": 2, "fourth": 3, "fifth": 4, "last": -1}
 
 # A cue: "The answer to the question is most likely B" has a noun, a link and fillers; "I choose B" has a verb.
@@ -44,7 +45,7 @@ _LINKS = _any("""is, was, are, ist, es, est, é, è, lautet, (?:would|should|mus
     (?:seems|appears) to be""")
 _LINK_SIGNS = "[:=→—>]|'s|-+>|是|为|為|は|은"
 _CHOOSING = _any("choose, chose, pick, picked, select, selected, go with, going with, opt for, elijo, wähle")
-_CHOOSING_CJK = "应?该?选择?|应该?[是为]"
+_CHOOSING_CJK = "应?该?选择?|应该?[是为]|(?<!^ )✓(?= )"
 _FILLERS = _any("""the, my, that, it's, it, is, was, be, here, indeed, most, likely, probably, clearly, definitely,
     simply, therefore, actually, really, just, obviously, option, choice, answer, letter, number, opción, die, la, le,
     a, an, correct, right, best, final, only, accurate, appropriate, suitable, plausible""")
@@ -65,7 +66,8 @@ _BEING = _any("is, are, was, were, does, do, did, could, would, should, has, see
 _ADVERBS = _any("""the, to, be, clearly, more, most, also, indeed, definitely, probably, obviously, simply,
     therefore""")
 _NEGATING = _any("""not, never, if, whether, unless, i doubt, initially, at first, than, without, unlike, neither,
-    nor, cannot, anything but, all but, \\w+n't""")
+    nor, cannot, anything but, all but, \\w+n't, 不是, 并非, 不选, (?<!^ )✗(?= ),
+    (?:^|(?<=\\n)|(?<=[.!?] ))(?:although|though|even though|while|despite)""")
 _TURNING = _any("but, so, and, because, however, although, though")
 # Words that follow an answer. An A before any other word is an article; a "no" before any other word denies a noun.
 _REASONS = "because, since, as, due, for, given, not, rather, instead, over, here, if, the, this, there, it, i"
@@ -108,12 +110,14 @@ _CLAIMING = _any("""is, are, was, were, am, be, has, have, had, does, do, did, c
 _EMPTY = _any("""a, an, the, there, here, it, they, this, that, these, those, i, we, you, he, she, in, on, at, of,
     to, from, by, with, for, and, or, as, any, some, one, no, been, being, think, believe, so, probably, definitely,
     absolutely, certainly, really, clearly, likely, course, image, picture, photo, figure, scene, visible, seen, shown,
-    present, according, yes, please, answer, indeed, actually, only, also""")
+    present, according, yes, please, answer, indeed, actually, only, also, correct, true""")
 
 # --- patterns on a reply as it came -----------------------------------------------------------------------------------
 _SIMPLE = re.compile(r"[A-Za-z0-9 .,;!?()'/-]*")  # nothing to clean
 _THOUGHT = "(?:think|thinking|thought|reasoning)"
-_REASONING = re.compile(rf"(?is)^.*(?:(?:</|◁/|\[/){_THOUGHT}[>▷\]]|\bassistant:)|[<◁]{_THOUGHT}[>▷].*$")
+_REASONING = re.compile(rf"(?is)^.*(?:</|◁/|\[/){_THOUGHT}[>▷\]]|[<◁]{_THOUGHT}[>▷].*$")
+_NEXT_TURN = re.compile(r"(?is)(?<=\S)\s*(?:(?:###|\n)\s*(?:human|user):|(?:<\|im_start\|>|<start_of_turn>)user\b).*")
+_PROMPT = re.compile(r"(?is)^.*\bassistant:")
 _STRUCK = re.compile(r"~~.*?~~|<\|[^|>]*\|>|</?s>|<(?:end|start)_of_turn>")
 _BOXED = re.compile(
     r"""(?isx) \\f?box(?:ed)?\s*\{ ((?:[^{}]|\{[^{}]*\})*) \}         # LaTeX
@@ -123,8 +127,9 @@ _BOXED = re.compile(
 )
 _TEX = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mathit|rm)\b\s*|\\[()\[\]]|[${}]")
 _BOLD_LETTER = re.compile(r"(\*\*?|__?|`)\(?([A-Ha-h])\)?\1(?!\w)")
-_SIGNS = str.maketrans("’‘“”。、", "''\"\".,", "*_`#")
+_SIGNS = str.maketrans("’‘“”。、✔✅☑✘❌☐", "''\"\".,✓✓✓✗✗✗", "*_`#\ufe0f")
 _CJK_EDGE = re.compile("(?<=[\u3000-\u9fff\uac00-\ud7af])(?=[!-~])|(?<=[!-~])(?=[\u3000-\u9fff\uac00-\ud7af])")
+_LABEL = re.compile(f"(?<!\\w)A:(?= ?(?:[B-Hb-h](?!\\w)|[{_MARKS[1:8]}]))")  # "A: Closed": an A for "answer"
 _BARE = " .,:;!?()[]<>\"'\n\t*_`#"  # around a reply that is an answer and nothing else
 
 # --- patterns on a text with marks ------------------------------------------------------------------------------------
@@ -144,11 +149,15 @@ _BEFORE = re.compile(
     rf"(?P<weak>(?:{_BELIEVING}|{_CORRECTING}[.!…]*)(?!\w){_FILL}|^\s*[:?]\s*)?"
     rf"(?P<stated>(?P<final>final )?(?:{_STATING}){_FILL})?$"
 )
+_VERDICT = r" ?[–—:=-]+ ?(?:this is |it is )?"  # "A. Open - incorrect."
 _PRAISE = rf"\s(?:is|was|seems?|looks?|appears?|would|must|ist) (?:{_ADVERBS} )*{_PRAISING}\b(?! side| hand)|\sbest\s\w"
-_PRAISED = re.compile(_PRAISE)
-_REJECTED = re.compile(rf"[\s:,]*(?:cannot\b|can't\b|不|{_BEING}(?:n't\b|\s(?:{_ADVERBS}\s)*{_REJECTING}\b))")
+_PRAISED = re.compile(rf"{_PRAISE}| ?✓|{_VERDICT}(?:✓|(?:correct|right|true)\b(?! side| hand))")
+_REJECTED = re.compile(
+    rf"[\s:,]*(?:cannot\b|can't\b|(?:选项)?[不错]|ではな|[가이] 아니|{_BEING}(?:n't|\s(?:{_ADVERBS}\s)*{_REJECTING})\b)"
+    rf"| ?✗|{_VERDICT}(?:✗|(?:not |in)(?:correct|accurate|visible|present|shown)|wrong|false|no(?=\s*(?:[.,;\n]|$)))"
+)
 _ENDS = re.compile(rf"\s*(?:$|[.,:;!…\n—–=]|[^\x00-\x7f])|\s-|\s{_any(_REASONS)}\b|{_PRAISE}")
-_JOIN = re.compile(r"[\s,;./|&>-]*(?:(?P<word>or|and|nor)\b[\s,;.]*)?(?:(?:or|the|option|choice|answer)\b[\s,;.]*)*")
+_JOIN = re.compile(r"[\s,;.|&>-]*(?:(?P<word>/|n?or\b|and\b)[\s,;.]*)?(?:(?:or|the|option|choice|answer)\b[\s,;.]*)*")
 _SERIES = re.compile(r"\s*(?:$|[.,\n]|or\b|and\b)")
 _LEAD = r"[\s>•,-]*(?:(?:the|a|an|correct|option|choice|answer|assistant|ai|gpt|选项)\b[\s:,]*)*$"
 _LEADS = re.compile(_LEAD)
@@ -261,7 +270,8 @@ def _offered(options: tuple[str, ...]) -> _Offered:
         if sum(clause in other for other in plain) == 1:
             words.setdefault(clause, letter)
         doubts += [letter] if _DOUBTS.search(own) else []
-    whole |= {own: letter if plain.count(own) == 1 else "" for letter, own in zip(answers, plain, strict=True)}
+        words |= dict.fromkeys(_NONE.split(", "), letter) if re.match("none\\b", own) else {}
+    whole |= {own: letter if plain.count(own) == 1 else "" for letter, own in zip(answers, plain, strict=True) if own}
     whole |= {letter.lower(): letter for letter in answers}
     words = {word: letter for word, letter in words.items() if word and not (len(word) == 1 and word.isalpha())}
     return _Offered(
@@ -284,13 +294,13 @@ def _prepare(reply: str, offered: _Offered, question: str = "") -> _Reply:
     if _SIMPLE.fullmatch(reply):
         reply = " ".join(reply.split())
     else:
-        reply = _STRUCK.sub("", _REASONING.sub("", reply))
+        reply = _STRUCK.sub("", _PROMPT.sub("", _NEXT_TURN.sub("", _REASONING.sub("", reply))))
         boxed = [next(filter(None, groups), "") for groups in _BOXED.findall(reply)]
-        reply = _lines(_TEX.sub("", reply))
+        reply = _lines(_TEX.sub("", reply.replace("[x]", "✓").replace("[X]", "✓").replace("[ ]", "✗")))
     low = offered.named.sub(lambda found: offered.marks.get(found[0].lower(), found[0]), reply)
     if offered.options:
-        low = _LETTER.sub(lambda found: _mark(found, offered), low)
-    low = _NOISE.sub("", low.lower())
+        low = _LETTER.sub(lambda found: _mark(found, offered), _LABEL.sub("answer:", low) if ":" in low else low)
+    low = _NOISE.sub("", low.lower() if offered.options else low.lower().replace("✗", ""))  # "❌ No" is a no
     return _Reply(reply, low, _mentions(low, offered), boxed, offered, question)
 
 
@@ -317,7 +327,10 @@ def _mentions(low: str, offered: _Offered) -> list[_Mention]:
     found: list[_Mention] = []
     for i in range(len(parts) - 2, 0, -2):  # from the last one, since an answer's standing depends on the next
         before, mark, after = parts[i - 1 : i + 2]
-        answer, ends, joined, cue = offered.answers[_MARKS.index(mark) % 8], bool(_ENDS.match(after)), False, ""
+        answer = offered.answers[_MARKS.index(mark) % 8]
+        if found and found[-1].answer == answer and not after.strip(" ,"):
+            after = found.pop().after  # "Closed (B)" names one answer once
+        ends, joined, cue = bool(_ENDS.match(after)), False, ""
         near = before[-120:]  # so long texts take no longer
         intro = _BEFORE.search(near) if near else None
         rejected = bool((intro and intro["denied"]) or _REJECTED.match(after))
@@ -361,7 +374,7 @@ def _leading(reply: _Reply) -> str | None:
     listed = (m for m in reply.mentions if _LINE.search(m.before) and m.after.lstrip()[:1] in (".", ":", "-"))
     if len({mention.answer for mention in listed if not mention.rejected}) > 1:
         return None
-    ends = first.ends or not reply.offered.options or _MARKER.match(reply.text)
+    ends = first.after[:1] != "?" and (first.ends or not reply.offered.options or _MARKER.match(reply.text))
     return _corrected(reply.mentions) if ends else None
 
 
@@ -399,15 +412,18 @@ def _only(reply: _Reply) -> str | None:
 
 
 def _statement(reply: _Reply) -> str | None:
-    """Reads a sentence about what was asked that affirms ("There is a dog") or denies ("There isn't")."""
-    asked = _content(reply.question)
+    """Reads the clause that affirms or denies the most of what was asked: "There is a dog", "There isn't"."""
+    asked, best, answer = _content(reply.question), -1, None
+    side = _content(reply.question.partition(" than ")[0])
     for clause in _CLAUSES.split(reply.low):
         denies = _DENIES.search(clause)
         if denies or _CLAIMS.search(clause):
             told = _content(clause)
-            if not asked or told <= asked or asked <= told:
-                return "no" if denies else "yes"
-    return None
+            if (told <= asked or asked <= told) and len(told & asked) > best:
+                own = _content(clause.partition(" than ")[0])
+                swapped = " than " in clause and not (own <= side or side <= own)  # "B is longer than A"
+                best, answer = len(told & asked), "no" if denies or swapped else "yes"
+    return answer
 
 
 CHOICE_RULES: tuple[tuple[str, Rule], ...] = (
