@@ -60,7 +60,6 @@ CONVERSATIONS = [
     entry("Who are you?", "An assistant.", "Sure?", "Yes, quite sure.", "OK", "OK", image=None),
     entry("What does <image> mean in HTML?", "Nothing: the tag is <img>.", image=None),
     entry("<image>\nIndent  it:\n    a\n        b", "def f():\n    if x:\n        return  1\n\n  - one\n     - two"),
-    entry("What is <s> for, </s>  and <unk> ?", "They <s> begin </s>   and end .", image=None),
     entry("Write 3 * 4 = ?\t\n", "\n12", "again", " 12", image=None),
 ]
 FROM_GPT = {**entry(), "conversations": [{"from": "gpt", "value": "Hello!"}, *CONVERSATIONS[0]["conversations"]]}
